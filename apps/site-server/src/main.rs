@@ -1,0 +1,2 @@
+//! A static site server.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The freestanding programs that images and engines are made of, as bytes.
