@@ -1,1 +1,3 @@
 //! Running one instance.
+
+pub mod engine;
