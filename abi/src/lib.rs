@@ -7,7 +7,8 @@
 //! * [`image`]: how an image file is laid out;
 //! * [`manifest`]: what an image says about its program;
 //! * [`configuration`]: what one run adds to the manifest;
-//! * [`link`]: the messages between a running kernel and its monitor.
+//! * [`link`]: the messages between a running kernel and its monitor;
+//! * [`process`]: how the monitor starts the process shim.
 //!
 //! The crate holds data and its encoding only: no input or output, no policy.
 
@@ -21,3 +22,4 @@ pub mod host;
 pub mod image;
 pub mod link;
 pub mod manifest;
+pub mod process;
