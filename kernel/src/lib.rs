@@ -35,6 +35,7 @@ pub mod boot;
 pub mod cpu;
 pub mod driver;
 pub mod error;
+pub mod event;
 pub mod file;
 pub mod fs;
 pub mod host;
