@@ -2,7 +2,15 @@
 //!
 //! [`Inode`] is what every file system offers; [`vfs`] resolves paths over mounts. All operations are synchronous: a
 //! file system never makes a thread wait in the executor.
+//!
+//! * [`erofs`]: the image's root, read in place.
+//! * [`tmpfs`]: files in memory, with or without a read-only file system below (the root is a tmpfs over the EROFS).
+//! * [`pool`]: the shared pages in which tmpfs keeps data.
 
+pub mod erofs;
+pub mod pool;
+pub mod regular;
+pub mod tmpfs;
 pub mod vfs;
 
 use alloc::{string::String, sync::Arc, vec::Vec};
@@ -35,8 +43,61 @@ pub enum Kind {
     Socket = linux::S_IFSOCK,
 }
 
+impl Kind {
+    /// From the file type bits of a mode (`st_mode`).
+    #[must_use]
+    pub fn from_mode(mode: u32) -> Option<Kind> {
+        Some(match mode & linux::S_IFMT {
+            linux::S_IFREG => Kind::Regular,
+            linux::S_IFDIR => Kind::Directory,
+            linux::S_IFLNK => Kind::SymbolicLink,
+            linux::S_IFCHR => Kind::CharacterDevice,
+            linux::S_IFBLK => Kind::BlockDevice,
+            linux::S_IFIFO => Kind::Fifo,
+            linux::S_IFSOCK => Kind::Socket,
+            _ => return None,
+        })
+    }
+
+    /// The file type bits of a mode.
+    #[must_use]
+    pub fn mode(self) -> u32 {
+        self as u32
+    }
+
+    /// The value of `d_type` in directory entries (`DT_*`): the mode's type bits, shifted.
+    #[must_use]
+    pub fn directory_type(self) -> u8 {
+        (self as u32 >> 12) as u8
+    }
+}
+
 /// A time of a file: nanoseconds since 1970 (UTC).
 pub type Timestamp = i128;
+
+/// Where file systems learn the time.
+pub trait Clock: Send + Sync {
+    /// Now.
+    fn now(&self) -> Timestamp;
+}
+
+impl Clock for crate::host::Host {
+    fn now(&self) -> Timestamp {
+        Timestamp::from(self.realtime())
+    }
+}
+
+/// Number of a device as `st_rdev` has it: Linux's `new_encode_dev` (the same as glibc's `makedev` for small numbers).
+#[must_use]
+pub const fn device_number(major: u32, minor: u32) -> u64 {
+    ((minor & 0xff) | ((major & 0xfff) << 8)) as u64 | (((minor & 0xffff_ff00) as u64) << 12)
+}
+
+/// Major and minor part of a [`device_number`].
+#[must_use]
+pub const fn device_parts(device: u64) -> (u32, u32) {
+    (((device >> 8) & 0xfff) as u32, ((device & 0xff) | ((device >> 12) & 0xffff_ff00)) as u32)
+}
 
 /// Attributes of a file, as `stat(2)` tells them.
 #[derive(Clone, Copy, Debug)]
@@ -222,6 +283,11 @@ pub trait Inode: Send + Sync + Any {
         Err(Errno::EROFS)
     }
 
+    /// Whether this is a symbolic link: path resolution asks this of every name, so it must be cheap.
+    fn is_symbolic_link(&self) -> bool {
+        false
+    }
+
     /// Symbolic link: its target.
     ///
     /// # Errors
@@ -263,6 +329,38 @@ pub trait Inode: Send + Sync + Any {
     fn map_source(&self, position: u64) -> Result<Option<(MapSource, u64)>> {
         let _ = position;
         Ok(None)
+    }
+
+    /// Regular file: makes the pages of a range ones that can be shared between mappings and the file: a following
+    /// [`Inode::map_source`] gives [`MapSource::Pool`] for them. To be called before a shared mapping of a file that is
+    /// open for writing.
+    ///
+    /// # Errors
+    /// `ENODEV` where shared mappings are not offered, `ENOSPC` when no pages are left.
+    fn prepare_shared(&self, position: u64, length: u64) -> Result<()> {
+        let _ = (position, length);
+        Err(Errno::ENODEV)
+    }
+
+    /// Regular file: bytes from `position` that can be read in place and never change (at least one, not necessarily
+    /// all up to the end).
+    fn in_place(&self, position: u64) -> Option<&'static [u8]> {
+        let _ = position;
+        None
+    }
+
+    /// Directory: makes a regular file without a name (`O_TMPFILE`).
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where it is not offered.
+    fn create_unnamed(&self, creation: &Creation<'_>) -> Result<Arc<dyn Inode>> {
+        let _ = creation;
+        Err(Errno::EOPNOTSUPP)
+    }
+
+    /// Magic link (`/proc/self/fd/3`): where it leads, whatever its text says.
+    fn jump(&self) -> Option<Result<vfs::Location>> {
+        None
     }
 
     /// `fsync(2)`.
