@@ -14,6 +14,8 @@ pub mod engine;
 mod error;
 pub mod link;
 pub mod names;
+pub mod sockets;
 pub mod state;
+pub mod volume;
 
 pub use error::{Error, Kind};

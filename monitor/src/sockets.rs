@@ -1,0 +1,820 @@
+//! `--net socket`: the host's TCP/IP, by capability.
+//!
+//! Only the monitor creates, binds and connects sockets. Each accepted or connected one goes to the kernel as a descriptor
+//! and is closed here: from then on no byte passes through the monitor. Published ports are bound before the program
+//! begins, so clients wait in the host's backlog and are accepted once the program listens.
+//!
+//! What always holds: nothing here blocks, and nothing is accepted while the link is full; the host's backlog is the only
+//! queue. The program's loopback is its own: connections to the host's are refused.
+//!
+//! Not here: what the kernel does with the descriptors, and packets (`kiln-network`).
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use kiln_abi::link::ToKernel;
+use kiln_abi::manifest::Protocol;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
+
+use crate::arguments::{Publish, protocol_name};
+use crate::error::Error;
+use crate::link::Sender;
+
+/// Connections that wait in the host's queue for one port: Linux's largest (`net.core.somaxconn`).
+const BACKLOG: i32 = 4096;
+/// Connections accepted for one port before others have their turn.
+const BATCH: usize = 256;
+/// Most unanswered connects of one instance.
+const MAX_CONNECTING: usize = 8192;
+/// What a program that listens on IPv4 only is told of a client that came over IPv6: the IPv4 dummy address (RFC 7600).
+const DUMMY: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
+
+/// What a wake-up is for, in the monitor's event loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Token {
+    /// A published TCP port has connections.
+    Listener(usize),
+    /// A connect has been decided.
+    Connecting(u64),
+}
+
+/// What the event loop offers.
+pub trait Interest {
+    /// Wakes when there is something to accept.
+    ///
+    /// # Errors
+    /// Those of `epoll_ctl(2)`.
+    fn readable(&mut self, descriptor: BorrowedFd<'_>, token: Token) -> io::Result<()>;
+    /// Wakes once when there is room to write or an error.
+    ///
+    /// # Errors
+    /// Those of `epoll_ctl(2)`.
+    fn writable(&mut self, descriptor: BorrowedFd<'_>, token: Token) -> io::Result<()>;
+    /// Wakes no longer.
+    fn forget(&mut self, descriptor: BorrowedFd<'_>);
+}
+
+struct Listener {
+    publish: Publish,
+    sockets: Vec<OwnedFd>,
+    /// Watched for connections now.
+    watched: bool,
+}
+
+struct Connecting {
+    socket: OwnedFd,
+    to: SocketAddr,
+}
+
+/// The sockets of one instance.
+pub struct SocketServer {
+    listeners: Vec<Listener>,
+    listens: Vec<(SocketAddr, Protocol)>,
+    connecting: HashMap<u64, Connecting>,
+}
+
+fn unspecified_v6(port: u16) -> SocketAddr {
+    (Ipv6Addr::UNSPECIFIED, port).into()
+}
+
+fn unspecified_v4(port: u16) -> SocketAddr {
+    (Ipv4Addr::UNSPECIFIED, port).into()
+}
+
+fn family(address: &SocketAddr) -> AddressFamily {
+    match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    }
+}
+
+/// A nonblocking socket.
+fn open(address: &SocketAddr, protocol: Protocol) -> Result<OwnedFd, Errno> {
+    let (kind, transport) = match protocol {
+        Protocol::Tcp => (SocketType::STREAM, ipproto::TCP),
+        Protocol::Udp => (SocketType::DGRAM, ipproto::UDP),
+    };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(family(address), kind, flags, Some(transport))
+}
+
+/// A bound socket; TCP sockets listen.
+fn bind(address: SocketAddr, protocol: Protocol, both_families: bool) -> Result<OwnedFd, Errno> {
+    let socket = open(&address, protocol)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, !both_families)?;
+    }
+    if protocol == Protocol::Tcp {
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        // Accepted sockets inherit it. The kernel behind the link cannot set options, and small answers must not wait.
+        sockopt::set_tcp_nodelay(&socket, true)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    if protocol == Protocol::Tcp {
+        rustix::net::listen(&socket, BACKLOG)?;
+    }
+    Ok(socket)
+}
+
+fn local_address(socket: &OwnedFd) -> Result<SocketAddr, Errno> {
+    SocketAddr::try_from(rustix::net::getsockname(socket)?).map_err(|_| Errno::AFNOSUPPORT)
+}
+
+/// Binds one published port, on all addresses if it names none.
+fn bind_published(publish: &Publish) -> Result<(Vec<OwnedFd>, u16), Errno> {
+    let protocol = publish.protocol;
+    let mut sockets = Vec::new();
+    match (publish.address, protocol) {
+        (Some(address), _) => sockets.push(bind(
+            SocketAddr::new(address, publish.host),
+            protocol,
+            false,
+        )?),
+        (None, Protocol::Tcp) => match bind(unspecified_v6(publish.host), protocol, true) {
+            Ok(socket) => sockets.push(socket),
+            Err(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => {
+                sockets.push(bind(unspecified_v4(publish.host), protocol, false)?);
+            }
+            Err(error) => return Err(error),
+        },
+        // Datagram sockets of both families answer with addresses of their own family, as the program expects.
+        (None, Protocol::Udp) => {
+            let first = bind(unspecified_v4(publish.host), protocol, false)?;
+            let port = local_address(&first)?.port();
+            sockets.push(first);
+            match bind(unspecified_v6(port), protocol, false) {
+                Ok(socket) => sockets.push(socket),
+                Err(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    let port = match sockets.first() {
+        Some(socket) => local_address(socket)?.port(),
+        None => publish.host,
+    };
+    Ok((sockets, port))
+}
+
+/// The error for a port that cannot be published.
+#[must_use]
+pub fn cannot_publish(publish: &Publish, error: io::Error) -> Error {
+    let protocol = protocol_name(publish.protocol);
+    let place = match publish.address {
+        Some(address) => format!("{}/{protocol}", SocketAddr::new(address, publish.host)),
+        None => format!("{}/{protocol} (on all addresses)", publish.host),
+    };
+    let flag = |port: u16| {
+        let address = match publish.address {
+            Some(IpAddr::V6(address)) => format!("[{address}]:"),
+            Some(IpAddr::V4(address)) => format!("{address}:"),
+            None => String::new(),
+        };
+        let suffix = if publish.protocol == Protocol::Udp {
+            "/udp"
+        } else {
+            ""
+        };
+        format!("-p {address}{port}:{}{suffix}", publish.guest)
+    };
+    match Errno::from_io_error(&error) {
+        Some(Errno::ADDRINUSE) => Error::environment(
+            format!("port {place} is in use by another program"),
+            format!(
+                "stop that program, or publish another port, such as {}, or any free one with {}",
+                flag(publish.host.checked_add(1).unwrap_or(8080)),
+                flag(0)
+            ),
+        ),
+        Some(Errno::ACCESS) => Error::environment(
+            format!("you may not publish port {place}: ports below 1024 need privileges"),
+            format!(
+                "publish a higher port, such as {}",
+                flag(publish.host.saturating_add(8000))
+            ),
+        ),
+        Some(Errno::ADDRNOTAVAIL) => Error::environment(
+            format!("port {place} cannot be published: this machine does not have that address"),
+            "use an address that 'ip address' lists, or none for all",
+        ),
+        _ => Error::Io {
+            action: format!("publish port {place}"),
+            source: error,
+        },
+    }
+}
+
+impl SocketServer {
+    /// Binds all published ports. Host ports of 0 are replaced by the chosen ones in `ports`.
+    ///
+    /// # Errors
+    /// Names the first port that cannot be had, and what to do.
+    pub fn start(ports: &mut [Publish]) -> Result<Self, Error> {
+        let mut listeners = Vec::with_capacity(ports.len());
+        for publish in ports {
+            let (sockets, port) =
+                bind_published(publish).map_err(|error| cannot_publish(publish, error.into()))?;
+            publish.host = port;
+            listeners.push(Listener {
+                publish: *publish,
+                sockets,
+                watched: false,
+            });
+        }
+        Ok(Self {
+            listeners,
+            listens: Vec::new(),
+            connecting: HashMap::new(),
+        })
+    }
+
+    /// The program listens on a TCP port, or has bound a UDP port. Returns the published ports that now lead to it.
+    ///
+    /// # Errors
+    /// Those of `epoll_ctl(2)`.
+    pub fn listen(
+        &mut self,
+        address: SocketAddr,
+        protocol: Protocol,
+        interest: &mut impl Interest,
+    ) -> io::Result<Vec<Publish>> {
+        self.listens.push((address, protocol));
+        self.watch(interest)?;
+        Ok(self
+            .listeners
+            .iter()
+            .map(|listener| listener.publish)
+            .filter(|publish| {
+                publish.guest == address.port()
+                    && publish.protocol == protocol
+                    && !address.ip().to_canonical().is_loopback()
+            })
+            .collect())
+    }
+
+    /// The program has closed such a socket.
+    pub fn unlisten(
+        &mut self,
+        address: SocketAddr,
+        protocol: Protocol,
+        interest: &mut impl Interest,
+    ) {
+        if let Some(position) = self
+            .listens
+            .iter()
+            .position(|known| *known == (address, protocol))
+        {
+            self.listens.swap_remove(position);
+        }
+        for listener in &mut self.listeners {
+            if listener.watched && target(&self.listens, &listener.publish, address.ip()).is_none()
+            {
+                listener.watched = false;
+                for socket in &listener.sockets {
+                    interest.forget(socket.as_fd());
+                }
+            }
+        }
+    }
+
+    /// Watches every published TCP port that the program listens on. Called again when the link has room.
+    ///
+    /// # Errors
+    /// Those of `epoll_ctl(2)`.
+    pub fn watch(&mut self, interest: &mut impl Interest) -> io::Result<()> {
+        for (number, listener) in self.listeners.iter_mut().enumerate() {
+            let wanted = listener.publish.protocol == Protocol::Tcp
+                && target(&self.listens, &listener.publish, IpAddr::V4(DUMMY)).is_some();
+            if wanted && !listener.watched {
+                for socket in &listener.sockets {
+                    interest.readable(socket.as_fd(), Token::Listener(number))?;
+                }
+                listener.watched = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops watching all ports: the link is full.
+    pub fn pause(&mut self, interest: &mut impl Interest) {
+        for listener in &mut self.listeners {
+            if std::mem::take(&mut listener.watched) {
+                for socket in &listener.sockets {
+                    interest.forget(socket.as_fd());
+                }
+            }
+        }
+    }
+
+    /// Accepts what waits on a published port and hands it over. False when it stopped because the link or this process is
+    /// full: then pause until the link has room.
+    ///
+    /// # Errors
+    /// Those of the link.
+    pub fn accept(&mut self, number: usize, sender: &Sender) -> io::Result<bool> {
+        let Some(listener) = self.listeners.get(number) else {
+            return Ok(true);
+        };
+        for socket in &listener.sockets {
+            for _ in 0..BATCH {
+                if sender.pending() > 0 {
+                    return Ok(false);
+                }
+                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+                let (connection, peer) = match rustix::net::acceptfrom_with(socket, flags) {
+                    Ok(accepted) => accepted,
+                    Err(Errno::AGAIN) => break,
+                    Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                        return Ok(false);
+                    }
+                    // The client is gone already, or accept(2) passes on an error of the new connection's network.
+                    Err(_) => continue,
+                };
+                let peer = match peer.map(SocketAddr::try_from) {
+                    Some(Ok(peer)) => peer,
+                    _ => continue,
+                };
+                let Some(local) =
+                    target(&self.listens, &listener.publish, peer.ip().to_canonical())
+                else {
+                    continue;
+                };
+                let peer = seen_by(local, peer);
+                sender.control(&ToKernel::Accepted { local, peer }, Some(connection))?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// The program connects a stream.
+    ///
+    /// # Errors
+    /// Those of the link and of `epoll_ctl(2)`; a failed connect is answered to the kernel.
+    pub fn connect(
+        &mut self,
+        request: u64,
+        to: SocketAddr,
+        sender: &Sender,
+        interest: &mut impl Interest,
+    ) -> io::Result<()> {
+        match self.begin(request, to) {
+            Ok(()) => {}
+            Err(error) => return refuse(request, error, sender),
+        }
+        if let Some(connecting) = self.connecting.get(&request) {
+            interest.writable(connecting.socket.as_fd(), Token::Connecting(request))?;
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, request: u64, to: SocketAddr) -> Result<(), Errno> {
+        allowed(to.ip())?;
+        if self.connecting.len() >= MAX_CONNECTING {
+            return Err(Errno::AGAIN);
+        }
+        if self.connecting.contains_key(&request) {
+            return Err(Errno::ALREADY);
+        }
+        let socket = open(&to, Protocol::Tcp)?;
+        sockopt::set_tcp_nodelay(&socket, true)?;
+        match rustix::net::connect(&socket, &to) {
+            Ok(()) | Err(Errno::INPROGRESS) => {}
+            Err(error) => return Err(error),
+        }
+        self.connecting.insert(request, Connecting { socket, to });
+        Ok(())
+    }
+
+    /// A connect has been decided: hands the connection over, or says why there is none.
+    ///
+    /// # Errors
+    /// Those of the link.
+    pub fn connected(
+        &mut self,
+        request: u64,
+        sender: &Sender,
+        interest: &mut impl Interest,
+    ) -> io::Result<()> {
+        let Some(Connecting { socket, to }) = self.connecting.remove(&request) else {
+            return Ok(());
+        };
+        interest.forget(socket.as_fd());
+        let outcome = match sockopt::socket_error(&socket) {
+            Ok(Ok(())) => local_address(&socket),
+            Ok(Err(error)) | Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(local) => {
+                let result = Ok((local, to));
+                sender.control(&ToKernel::Connected { request, result }, Some(socket))
+            }
+            Err(error) => refuse(request, error, sender),
+        }
+    }
+
+    /// The program gave up an unanswered connect.
+    pub fn cancel(&mut self, request: u64, interest: &mut impl Interest) {
+        if let Some(connecting) = self.connecting.remove(&request) {
+            interest.forget(connecting.socket.as_fd());
+        }
+    }
+
+    /// The program wants a datagram socket bound to `wanted`.
+    ///
+    /// # Errors
+    /// Those of the link; a socket that cannot be had is answered to the kernel.
+    pub fn datagram(
+        &mut self,
+        request: u64,
+        wanted: SocketAddr,
+        sender: &Sender,
+    ) -> io::Result<()> {
+        match self.open_datagram(wanted) {
+            Ok((socket, bound)) => {
+                let result = Ok(bound);
+                sender.control(&ToKernel::Datagram { request, result }, Some(socket))
+            }
+            Err(error) => {
+                let result = Err(error.raw_os_error());
+                sender.control(&ToKernel::Datagram { request, result }, None)
+            }
+        }
+    }
+
+    fn open_datagram(&mut self, wanted: SocketAddr) -> Result<(OwnedFd, SocketAddr), Errno> {
+        let published = self.listeners.iter_mut().find(|listener| {
+            listener.publish.protocol == Protocol::Udp && listener.publish.guest == wanted.port()
+        });
+        if let (Some(listener), false) = (published, wanted.ip().is_loopback()) {
+            return Ok((published_datagram(listener, &wanted)?, wanted));
+        }
+        // Not published: any port of the host will do, and the program sees the one it asked for.
+        let any = match wanted {
+            SocketAddr::V4(_) => unspecified_v4(0),
+            SocketAddr::V6(_) => unspecified_v6(0),
+        };
+        let socket = bind(any, Protocol::Udp, true)?;
+        let mut bound = wanted;
+        if bound.port() == 0 {
+            bound.set_port(local_address(&socket)?.port());
+        }
+        Ok((socket, bound))
+    }
+}
+
+/// A descriptor for a published UDP port, of the family that the program asked for.
+fn published_datagram(listener: &mut Listener, wanted: &SocketAddr) -> Result<OwnedFd, Errno> {
+    let is_of_family = |socket: &OwnedFd| {
+        local_address(socket).is_ok_and(|local| family(&local) == family(wanted))
+    };
+    if wanted.is_ipv6() && listener.publish.address.is_none() && listener.sockets.len() == 2 {
+        // A program's [::] serves both families: one socket takes the place of the two.
+        listener.sockets.clear();
+        let socket = bind(unspecified_v6(listener.publish.host), Protocol::Udp, true)?;
+        listener.sockets.push(socket);
+    }
+    let socket = listener
+        .sockets
+        .iter()
+        .find(|socket| is_of_family(socket))
+        .ok_or(Errno::AFNOSUPPORT)?;
+    rustix::io::fcntl_dupfd_cloexec(socket, 0)
+}
+
+fn refuse(request: u64, error: Errno, sender: &Sender) -> io::Result<()> {
+    let result = Err(error.raw_os_error());
+    sender.control(&ToKernel::Connected { request, result }, None)
+}
+
+/// Whether programs may connect to an address of the host's network.
+fn allowed(address: IpAddr) -> Result<(), Errno> {
+    let address = address.to_canonical();
+    if address.is_loopback() || address.is_unspecified() {
+        // The program's own loopback is inside its kernel; nothing of the host's is meant to be reachable through it.
+        return Err(Errno::CONNREFUSED);
+    }
+    Ok(())
+}
+
+/// Which of the program's listening sockets a client from `peer` gets: one of its own family if there is one.
+/// Sockets on the program's loopback are not reachable from outside.
+fn target(
+    listens: &[(SocketAddr, Protocol)],
+    publish: &Publish,
+    peer: IpAddr,
+) -> Option<SocketAddr> {
+    let mut candidates = listens
+        .iter()
+        .filter(|(address, protocol)| {
+            address.port() == publish.guest
+                && *protocol == publish.protocol
+                && !address.ip().to_canonical().is_loopback()
+        })
+        .map(|(address, _)| *address);
+    let first = candidates.next()?;
+    if first.is_ipv4() == peer.is_ipv4() {
+        return Some(first);
+    }
+    Some(
+        candidates
+            .find(|address| address.is_ipv4() == peer.is_ipv4())
+            .unwrap_or(first),
+    )
+}
+
+/// The client's address as a socket of the family of `local` shows it.
+fn seen_by(local: SocketAddr, peer: SocketAddr) -> SocketAddr {
+    let canonical = peer.ip().to_canonical();
+    let address = match (local, canonical) {
+        (SocketAddr::V4(_), IpAddr::V4(_)) | (SocketAddr::V6(_), IpAddr::V6(_)) => canonical,
+        (SocketAddr::V4(_), IpAddr::V6(_)) => IpAddr::V4(DUMMY),
+        (SocketAddr::V6(_), IpAddr::V4(address)) => IpAddr::V6(address.to_ipv6_mapped()),
+    };
+    SocketAddr::new(address, peer.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arguments::parse_publish;
+    use kiln_abi::link::ToMonitor;
+    use std::collections::HashSet;
+    use std::io::{IoSliceMut, Read, Write};
+    use std::mem::MaybeUninit;
+    use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::os::fd::AsRawFd;
+    use std::time::{Duration, Instant};
+
+    #[derive(Default)]
+    struct Watched(HashSet<i32>);
+
+    impl Interest for Watched {
+        fn readable(&mut self, descriptor: BorrowedFd<'_>, _: Token) -> io::Result<()> {
+            self.0.insert(descriptor.as_raw_fd());
+            Ok(())
+        }
+        fn writable(&mut self, descriptor: BorrowedFd<'_>, _: Token) -> io::Result<()> {
+            self.0.insert(descriptor.as_raw_fd());
+            Ok(())
+        }
+        fn forget(&mut self, descriptor: BorrowedFd<'_>) {
+            self.0.remove(&descriptor.as_raw_fd());
+        }
+    }
+
+    fn link() -> (Sender, OwnedFd) {
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        (Sender::new(ours), theirs)
+    }
+
+    /// One message with its descriptor.
+    fn receive(socket: &OwnedFd) -> Option<(ToKernel, Option<OwnedFd>)> {
+        let mut header = [0; kiln_abi::link::HEADER];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = rustix::net::RecvAncillaryBuffer::new(&mut space);
+        let flags = rustix::net::RecvFlags::DONTWAIT | rustix::net::RecvFlags::CMSG_CLOEXEC;
+        rustix::net::recvmsg(
+            socket,
+            &mut [IoSliceMut::new(&mut header)],
+            &mut ancillary,
+            flags,
+        )
+        .ok()?;
+        let descriptor = ancillary
+            .drain()
+            .filter_map(|message| match message {
+                rustix::net::RecvAncillaryMessage::ScmRights(mut rights) => rights.next(),
+                _ => None,
+            })
+            .next();
+        let (_, length) = kiln_abi::link::parse_header(header);
+        let mut payload = vec![0; length as usize];
+        let (_, got) =
+            rustix::net::recv(socket, &mut payload, rustix::net::RecvFlags::WAITALL).unwrap();
+        assert_eq!(got, payload.len());
+        Some((postcard::from_bytes(&payload).unwrap(), descriptor))
+    }
+
+    fn published(text: &str) -> (SocketServer, Publish) {
+        let mut ports = parse_publish(text).unwrap();
+        let server = SocketServer::start(&mut ports).unwrap();
+        (server, ports[0])
+    }
+
+    #[test]
+    fn clients_wait_until_the_program_listens_and_then_talk_to_it_directly() {
+        let (mut server, port) = published("0:80");
+        assert_ne!(port.host, 0);
+        let (sender, kernel) = link();
+        let mut interest = Watched::default();
+        let mut v4 = TcpStream::connect(("127.0.0.1", port.host)).unwrap();
+        let v6 = TcpStream::connect(("::1", port.host)).ok();
+        assert!(interest.0.is_empty());
+        let led = server
+            .listen(unspecified_v4(80), Protocol::Tcp, &mut interest)
+            .unwrap();
+        assert_eq!(led, [port]);
+        assert_eq!(interest.0.len(), 1);
+        assert!(server.accept(0, &sender).unwrap());
+        let (message, descriptor) = receive(&kernel).unwrap();
+        let peer = v4.local_addr().unwrap();
+        assert_eq!(
+            message,
+            ToKernel::Accepted {
+                local: unspecified_v4(80),
+                peer
+            }
+        );
+        if let Some(v6) = &v6 {
+            let (message, _) = receive(&kernel).unwrap();
+            let peer = (DUMMY, v6.local_addr().unwrap().port()).into();
+            assert_eq!(
+                message,
+                ToKernel::Accepted {
+                    local: unspecified_v4(80),
+                    peer
+                }
+            );
+        }
+        let program = TcpStream::from(descriptor.unwrap());
+        program.set_nonblocking(false).unwrap();
+        (&program).write_all(b"hello").unwrap();
+        drop(program);
+        let mut text = String::new();
+        v4.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello");
+        server.unlisten(unspecified_v4(80), Protocol::Tcp, &mut interest);
+        assert!(interest.0.is_empty());
+    }
+
+    #[test]
+    fn a_listener_on_the_programs_loopback_is_not_reachable() {
+        let (mut server, _) = published("0:80");
+        let mut interest = Watched::default();
+        let led = server
+            .listen(
+                (Ipv4Addr::LOCALHOST, 80).into(),
+                Protocol::Tcp,
+                &mut interest,
+            )
+            .unwrap();
+        assert!(led.is_empty() && interest.0.is_empty());
+    }
+
+    #[test]
+    fn each_family_gets_the_listener_of_its_own() {
+        let listens = [
+            (unspecified_v4(80), Protocol::Tcp),
+            (unspecified_v6(80), Protocol::Tcp),
+        ];
+        let publish = parse_publish("1:80").unwrap()[0];
+        assert_eq!(
+            target(&listens, &publish, Ipv6Addr::LOCALHOST.into()),
+            Some(unspecified_v6(80))
+        );
+        assert_eq!(
+            target(&listens, &publish, Ipv4Addr::LOCALHOST.into()),
+            Some(unspecified_v4(80))
+        );
+        assert_eq!(
+            target(&listens[1..], &publish, DUMMY.into()),
+            Some(unspecified_v6(80))
+        );
+        let mapped = seen_by(unspecified_v6(80), "10.0.0.1:5".parse().unwrap());
+        assert_eq!(mapped, "[::ffff:10.0.0.1]:5".parse().unwrap());
+        let canonical = seen_by(unspecified_v4(80), mapped);
+        assert_eq!(canonical, "10.0.0.1:5".parse().unwrap());
+    }
+
+    #[test]
+    fn a_port_in_use_is_named_with_a_remedy() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        for text in [format!("127.0.0.1:{port}:80"), format!("{port}:80")] {
+            let error = SocketServer::start(&mut parse_publish(&text).unwrap())
+                .err()
+                .expect("the port is in use");
+            assert!(error.to_string().contains(&port.to_string()), "{error}");
+            assert!(error.help().unwrap().contains("-p "));
+            assert_eq!(error.kind(), crate::Kind::Environment);
+        }
+    }
+
+    #[test]
+    fn a_full_link_stops_accepting_and_loses_nobody() {
+        let (mut server, port) = published("127.0.0.1:0:80");
+        let (sender, kernel) = link();
+        let mut interest = Watched::default();
+        server
+            .listen(unspecified_v4(80), Protocol::Tcp, &mut interest)
+            .unwrap();
+        let clients: Vec<_> = (0..600)
+            .map(|_| TcpStream::connect(("127.0.0.1", port.host)).unwrap())
+            .collect();
+        let mut arrived = HashSet::new();
+        let mut stopped = false;
+        let end = Instant::now() + Duration::from_secs(20);
+        while arrived.len() < clients.len() && Instant::now() < end {
+            sender.flush().unwrap();
+            stopped |= !server.accept(0, &sender).unwrap();
+            if stopped {
+                while let Some((ToKernel::Accepted { peer, .. }, Some(_))) = receive(&kernel) {
+                    arrived.insert(peer);
+                    sender.flush().unwrap();
+                }
+            }
+        }
+        assert!(stopped, "the link never filled up");
+        assert_eq!(arrived.len(), clients.len());
+    }
+
+    #[test]
+    fn the_hosts_loopback_is_refused_under_all_its_names() {
+        let (mut server, _) = published("0:80");
+        let (sender, kernel) = link();
+        let mut interest = Watched::default();
+        for (request, to) in [
+            "127.0.0.1:1",
+            "127.9.9.9:1",
+            "[::1]:1",
+            "[::ffff:127.0.0.1]:1",
+            "0.0.0.0:1",
+            "[::]:1",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            server
+                .connect(request as u64, to.parse().unwrap(), &sender, &mut interest)
+                .unwrap();
+            let (message, descriptor) = receive(&kernel).unwrap();
+            let result = Err(Errno::CONNREFUSED.raw_os_error());
+            assert_eq!(
+                message,
+                ToKernel::Connected {
+                    request: request as u64,
+                    result
+                }
+            );
+            assert!(descriptor.is_none());
+        }
+    }
+
+    #[test]
+    fn datagrams_of_a_published_port_reach_the_program_in_both_families() {
+        for bind in [unspecified_v4(53), unspecified_v6(53)] {
+            let (mut server, port) = published("0:53/udp");
+            let (sender, kernel) = link();
+            server.datagram(7, bind, &sender).unwrap();
+            let (message, descriptor) = receive(&kernel).unwrap();
+            assert_eq!(
+                message,
+                ToKernel::Datagram {
+                    request: 7,
+                    result: Ok(bind)
+                }
+            );
+            let program = UdpSocket::from(descriptor.unwrap());
+            program.set_nonblocking(false).unwrap();
+            program
+                .set_read_timeout(Some(Duration::from_secs(5)))
+                .unwrap();
+            let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+            client.send_to(b"ping", ("127.0.0.1", port.host)).unwrap();
+            let mut buffer = [0; 16];
+            let (length, from) = program.recv_from(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], b"ping");
+            assert_eq!(from.is_ipv6(), bind.is_ipv6());
+        }
+    }
+
+    #[test]
+    fn an_unpublished_datagram_socket_takes_no_port_of_the_host() {
+        let (mut server, _) = published("0:80");
+        let (first, bound) = server.open_datagram(unspecified_v4(5353)).unwrap();
+        assert_eq!(bound, unspecified_v4(5353));
+        assert_ne!(local_address(&first).unwrap().port(), 5353);
+        let (_second, bound) = server.open_datagram(unspecified_v4(0)).unwrap();
+        assert_ne!(bound.port(), 0);
+    }
+
+    #[test]
+    fn messages_to_the_monitor_keep_their_encoding() {
+        let message = ToMonitor::Connect {
+            request: 3,
+            from: None,
+            to: "10.0.0.1:80".parse().unwrap(),
+        };
+        let bytes = postcard::to_extend(&message, Vec::new()).unwrap();
+        assert_eq!(crate::link::decode(&bytes).unwrap(), message);
+    }
+}
