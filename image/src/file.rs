@@ -1,0 +1,792 @@
+//! The image file: writing, opening, checking.
+//!
+//! The layout is that of [`kiln_abi::image`]. In the file, the pieces follow each other at page-aligned offsets:
+//! ELF header and program headers, directory, VM shim, kernel, manifest, root, section headers.
+//!
+//! [`Image::open`] believes nothing: it checks that every piece lies in the file, that none overlaps another, and
+//! that ELF headers and directory agree. It reads some pages only, however large the image is.
+
+use std::{
+    fs::File,
+    io::{self, BufWriter, Read, Seek, SeekFrom, Write},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use kiln_abi::{
+    host::PAGE_SIZE,
+    image::{
+        DIRECTORY_MAGIC, DIRECTORY_PHYSICAL, Directory, Piece, SECTION_DIRECTORY, SECTION_KERNEL,
+        SECTION_MANIFEST, SECTION_ROOT, SECTION_SHIM, SHIM_PHYSICAL,
+    },
+    manifest::{FORMAT, Manifest},
+};
+use object::{
+    LittleEndian,
+    elf::{self, FileHeader64},
+    read::elf::{FileHeader, ProgramHeader},
+};
+use sha2::{Digest, Sha256};
+
+use crate::{Error, Result};
+
+const PAGE: u64 = PAGE_SIZE as u64;
+/// Largest manifest in bytes.
+const MAX_MANIFEST: u64 = 1 << 20;
+/// Largest kernel or shim in bytes.
+const MAX_GUEST: u64 = 64 << 20;
+/// Most program or section headers that are looked at.
+const MAX_HEADERS: u64 = 64;
+/// End of the physical addresses for an image: QEMU's microvm machine has memory in one piece up to here.
+const PHYSICAL_END: u64 = 0xc000_0000;
+/// Largest root file system in bytes.
+pub const MAX_ROOT: u64 = PHYSICAL_END - 0x1000_0000;
+
+const HEADER_SIZE: u64 = 64;
+const PROGRAM_HEADER_SIZE: u64 = 56;
+const SECTION_HEADER_SIZE: u64 = 64;
+/// `XEN_ELFNOTE_PHYS32_ENTRY` (Xen's `elfnote.h`).
+const PVH_NOTE_TYPE: u32 = 18;
+/// Little-endian `EROFS_SUPER_MAGIC_V1`, 1024 bytes into the root.
+const EROFS_MAGIC: [u8; 4] = 0xE0F5_E1E2u32.to_le_bytes();
+
+/// The freestanding programs that go into an image.
+#[derive(Clone, Copy, Debug)]
+pub struct Guest<'a> {
+    /// The kernel's ELF file.
+    pub kernel: &'a [u8],
+    /// The VM shim's ELF file.
+    pub vm_shim: &'a [u8],
+}
+
+/// A piece of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte. A multiple of the page size.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+impl Extent {
+    fn end(self) -> u64 {
+        self.offset.saturating_add(self.length)
+    }
+}
+
+/// Where the VM shim wants to be.
+struct Shim {
+    /// (file offset in the shim, physical address, bytes in the file, bytes in memory, flags)
+    segments: Vec<(u64, u64, u64, u64, u32)>,
+    entry: u64,
+    end: u64,
+}
+
+impl Shim {
+    fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let wrong = |error: object::Error| format!("is no usable ELF file: {error}");
+        let header = FileHeader64::<LittleEndian>::parse(bytes).map_err(wrong)?;
+        let endian = header.endian().map_err(wrong)?;
+        let mut shim = Self {
+            segments: Vec::new(),
+            entry: header.e_entry(endian),
+            end: SHIM_PHYSICAL,
+        };
+        for segment in header.program_headers(endian, bytes).map_err(wrong)? {
+            if let Some(mut notes) = segment.notes(endian, bytes).map_err(wrong)? {
+                while let Some(note) = notes.next().map_err(wrong)? {
+                    if note.name() == b"Xen" && note.n_type(endian).0 == PVH_NOTE_TYPE {
+                        shim.entry = match *note.desc() {
+                            [a, b, c, d] | [a, b, c, d, 0, 0, 0, 0] => {
+                                u32::from_le_bytes([a, b, c, d]).into()
+                            }
+                            _ => return Err("has a PVH note of a wrong length".into()),
+                        };
+                    }
+                }
+            }
+            if segment.p_type(endian) != elf::PT_LOAD || segment.p_memsz(endian) == 0 {
+                continue;
+            }
+            let (offset, length) = segment.file_range(endian);
+            let physical = segment.p_paddr(endian);
+            let memory = segment.p_memsz(endian);
+            let end = physical
+                .checked_add(memory)
+                .ok_or("has a segment beyond all addresses")?;
+            let fits = offset
+                .checked_add(length)
+                .is_some_and(|end| end <= bytes.len() as u64);
+            if !fits || length > memory {
+                return Err("has a segment outside its file".into());
+            }
+            if physical < shim.end {
+                return Err(format!(
+                    "has a segment at {physical:#x}: segments must be in order, not overlap, and not lie below {SHIM_PHYSICAL:#x}"
+                ));
+            }
+            shim.end = end;
+            shim.segments
+                .push((offset, physical, length, memory, segment.p_flags(endian).0));
+        }
+        if shim.segments.is_empty() || shim.segments.len() > 16 {
+            return Err(format!("has {} segments to load", shim.segments.len()));
+        }
+        if !(SHIM_PHYSICAL..shim.end.min(1 << 32)).contains(&shim.entry) {
+            return Err(format!(
+                "has its entry at {:#x}, outside its segments",
+                shim.entry
+            ));
+        }
+        Ok(shim)
+    }
+}
+
+fn align(value: u64) -> u64 {
+    value.next_multiple_of(PAGE)
+}
+
+fn word16(out: &mut Vec<u8>, value: u16) {
+    out.extend_from_slice(&value.to_le_bytes());
+}
+fn word32(out: &mut Vec<u8>, value: u32) {
+    out.extend_from_slice(&value.to_le_bytes());
+}
+fn word64(out: &mut Vec<u8>, value: u64) {
+    out.extend_from_slice(&value.to_le_bytes());
+}
+
+fn program_header(
+    out: &mut Vec<u8>,
+    kind: u32,
+    flags: u32,
+    offset: u64,
+    physical: u64,
+    file: u64,
+    memory: u64,
+) {
+    word32(out, kind);
+    word32(out, flags);
+    for value in [offset, physical, physical, file, memory] {
+        word64(out, value);
+    }
+    word64(out, if kind == elf::PT_NOTE.0 { 4 } else { PAGE });
+}
+
+/// Writes an image to an empty file. `write_root` writes the root file system piece by piece.
+///
+/// # Errors
+///
+/// Writing fails, `write_root` fails, the root is too large for a VM, or the guest programs are unusable.
+pub fn write(
+    file: File,
+    path: &Path,
+    guest: &Guest<'_>,
+    manifest: &Manifest,
+    write_root: &mut dyn FnMut(&mut dyn Write) -> Result<()>,
+) -> Result<()> {
+    let shim = Shim::parse(guest.vm_shim).map_err(|reason| Error::Guest {
+        what: "VM shim",
+        reason,
+    })?;
+    if !guest.kernel.starts_with(b"\x7fELF") || guest.kernel.len() as u64 > MAX_GUEST {
+        return Err(Error::Guest {
+            what: "kernel",
+            reason: "is no ELF file".into(),
+        });
+    }
+    let manifest = serde_json::to_vec_pretty(manifest).map_err(|error| Error::BadImage {
+        path: path.into(),
+        reason: error.to_string(),
+    })?;
+    if manifest.len() as u64 > MAX_MANIFEST {
+        return Err(Error::BadImage {
+            path: path.into(),
+            reason: "the manifest would be larger than 1 MiB".into(),
+        });
+    }
+
+    let directory = Extent {
+        offset: PAGE,
+        length: Directory::SIZE as u64,
+    };
+    let shim_extent = Extent {
+        offset: 2 * PAGE,
+        length: guest.vm_shim.len() as u64,
+    };
+    let kernel = Extent {
+        offset: align(shim_extent.end()),
+        length: guest.kernel.len() as u64,
+    };
+    let manifest_extent = Extent {
+        offset: align(kernel.end()),
+        length: manifest.len() as u64,
+    };
+    let root_offset = align(manifest_extent.end());
+
+    let failed = || Error::io("write", path);
+    let mut output = BufWriter::with_capacity(1 << 18, file);
+    for (extent, bytes) in [
+        (shim_extent, guest.vm_shim),
+        (kernel, guest.kernel),
+        (manifest_extent, manifest.as_slice()),
+    ] {
+        output
+            .seek(SeekFrom::Start(extent.offset))
+            .map_err(failed())?;
+        output.write_all(bytes).map_err(failed())?;
+    }
+    output
+        .seek(SeekFrom::Start(root_offset))
+        .map_err(failed())?;
+    write_root(&mut output)?;
+    let end = output.stream_position().map_err(failed())?;
+    let root = Extent {
+        offset: root_offset,
+        length: end - root_offset,
+    };
+    if root.length > MAX_ROOT {
+        return Err(Error::BadImage {
+            path: path.into(),
+            reason: format!(
+                "the files are {} MiB, and an image holds {} MiB at most; leave files out, or give them as a volume",
+                root.length >> 20,
+                MAX_ROOT >> 20
+            ),
+        });
+    }
+
+    let kernel_physical = align(shim.end);
+    let manifest_physical = align(kernel_physical + kernel.length);
+    let root_physical = align(manifest_physical + manifest_extent.length);
+    let piece = |physical, extent: Extent| Piece {
+        physical,
+        length: extent.length,
+    };
+    let directory_bytes = Directory {
+        magic: DIRECTORY_MAGIC,
+        kernel: piece(kernel_physical, kernel),
+        manifest: piece(manifest_physical, manifest_extent),
+        root: piece(root_physical, root),
+    }
+    .to_bytes();
+
+    // Section headers, at the end.
+    let sections = [
+        (SECTION_DIRECTORY, directory, DIRECTORY_PHYSICAL),
+        (SECTION_SHIM, shim_extent, SHIM_PHYSICAL),
+        (SECTION_KERNEL, kernel, kernel_physical),
+        (SECTION_MANIFEST, manifest_extent, manifest_physical),
+        (SECTION_ROOT, root, root_physical),
+    ];
+    let mut names = vec![0];
+    let mut headers = vec![0; SECTION_HEADER_SIZE as usize];
+    for (name, extent, _) in sections {
+        word32(&mut headers, names.len() as u32);
+        names.extend_from_slice(name.as_bytes());
+        names.push(0);
+        word32(&mut headers, elf::SHT_PROGBITS.0);
+        // No address: QEMU and gdb take segments, and the shim's section is its whole file.
+        for value in [0, 0, extent.offset, extent.length] {
+            word64(&mut headers, value);
+        }
+        word64(&mut headers, 0);
+        word64(&mut headers, PAGE);
+        word64(&mut headers, 0);
+    }
+    word32(&mut headers, names.len() as u32);
+    names.extend_from_slice(b".shstrtab\0");
+    word32(&mut headers, elf::SHT_STRTAB.0);
+    let names_offset = align(root.end());
+    for value in [0, 0, names_offset, names.len() as u64, 0, 1, 0] {
+        word64(&mut headers, value);
+    }
+    let headers_offset = names_offset + (names.len() as u64).next_multiple_of(8);
+    names.resize((headers_offset - names_offset) as usize, 0);
+    output
+        .seek(SeekFrom::Start(names_offset))
+        .map_err(failed())?;
+    output.write_all(&names).map_err(failed())?;
+    output.write_all(&headers).map_err(failed())?;
+
+    // ELF header, program headers, PVH note, at the start.
+    let program_headers = 5 + shim.segments.len() as u64;
+    let note_offset = HEADER_SIZE + program_headers * PROGRAM_HEADER_SIZE;
+    let mut note = Vec::new();
+    for value in [4, 8, PVH_NOTE_TYPE] {
+        word32(&mut note, value);
+    }
+    note.extend_from_slice(b"Xen\0");
+    word64(&mut note, shim.entry);
+
+    let mut start = Vec::new();
+    start.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    word16(&mut start, elf::ET_EXEC.0);
+    word16(&mut start, elf::EM_X86_64.0);
+    word32(&mut start, 1);
+    for value in [shim.entry, HEADER_SIZE, headers_offset] {
+        word64(&mut start, value);
+    }
+    word32(&mut start, 0);
+    for value in [
+        HEADER_SIZE,
+        PROGRAM_HEADER_SIZE,
+        program_headers,
+        SECTION_HEADER_SIZE,
+        sections.len() as u64 + 2,
+        sections.len() as u64 + 1,
+    ] {
+        word16(&mut start, value as u16);
+    }
+    let (read, load) = (elf::PF_R.0, elf::PT_LOAD.0);
+    let note_length = note.len() as u64;
+    program_header(
+        &mut start,
+        elf::PT_NOTE.0,
+        read,
+        note_offset,
+        0,
+        note_length,
+        note_length,
+    );
+    program_header(
+        &mut start,
+        load,
+        read,
+        directory.offset,
+        DIRECTORY_PHYSICAL,
+        directory.length,
+        PAGE,
+    );
+    for (offset, physical, length, memory, flags) in &shim.segments {
+        let offset = shim_extent.offset + offset;
+        program_header(
+            &mut start, load, *flags, offset, *physical, *length, *memory,
+        );
+    }
+    for (_, extent, physical) in &sections[2..] {
+        program_header(
+            &mut start,
+            load,
+            read,
+            extent.offset,
+            *physical,
+            extent.length,
+            align(extent.length),
+        );
+    }
+    start.extend_from_slice(&note);
+    if start.len() as u64 > PAGE {
+        return Err(Error::Guest {
+            what: "VM shim",
+            reason: "has too many segments".into(),
+        });
+    }
+    output.seek(SeekFrom::Start(0)).map_err(failed())?;
+    output.write_all(&start).map_err(failed())?;
+    output
+        .seek(SeekFrom::Start(directory.offset))
+        .map_err(failed())?;
+    output.write_all(&directory_bytes).map_err(failed())?;
+    output.flush().map_err(failed())
+}
+
+/// An open image, checked.
+#[derive(Debug)]
+pub struct Image {
+    path: PathBuf,
+    file: File,
+    length: u64,
+    shim: Extent,
+    kernel: Extent,
+    manifest_extent: Extent,
+    root: Extent,
+    manifest: Manifest,
+}
+
+impl Image {
+    /// Opens an image file and checks its structure (not the contents of the root).
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, is not an image, is cut off, or its parts contradict each other.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let metadata = file.metadata().map_err(Error::io("open", path))?;
+        if !metadata.is_file() {
+            return Err(Error::BadImage {
+                path: path.into(),
+                reason: "is not a file".into(),
+            });
+        }
+        let length = metadata.len();
+        let reader = Reader {
+            file: &file,
+            length,
+        };
+        let pieces = reader.check().map_err(|reason| Error::BadImage {
+            path: path.into(),
+            reason,
+        })?;
+        Ok(Self {
+            path: path.into(),
+            length,
+            shim: pieces.shim,
+            kernel: pieces.kernel,
+            manifest_extent: pieces.manifest_extent,
+            root: pieces.root,
+            manifest: pieces.manifest,
+            file,
+        })
+    }
+
+    /// Whether a file begins like an image: an ELF executable whose first page has a PVH note of ours. Cheap, and no
+    /// promise that [`Image::open`] succeeds.
+    #[must_use]
+    pub fn is_image(path: &Path) -> bool {
+        let mut start = [0; PAGE_SIZE + 8];
+        let Ok(file) = File::open(path) else {
+            return false;
+        };
+        file.read_exact_at(&mut start, 0).is_ok()
+            && start.starts_with(b"\x7fELF")
+            && start.ends_with(&DIRECTORY_MAGIC.to_le_bytes())
+    }
+
+    /// Where it was opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file, read-only.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Length of the file in bytes.
+    #[must_use]
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The VM shim's ELF file.
+    #[must_use]
+    pub fn shim(&self) -> Extent {
+        self.shim
+    }
+
+    /// The kernel's ELF file.
+    #[must_use]
+    pub fn kernel(&self) -> Extent {
+        self.kernel
+    }
+
+    /// The manifest as JSON.
+    #[must_use]
+    pub fn manifest_extent(&self) -> Extent {
+        self.manifest_extent
+    }
+
+    /// The root file system (EROFS).
+    #[must_use]
+    pub fn root(&self) -> Extent {
+        self.root
+    }
+
+    /// The manifest.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// SHA-256 of the whole file in lower-case hexadecimal: the image's identity. Reads the whole file.
+    ///
+    /// # Errors
+    ///
+    /// Reading fails.
+    pub fn digest(&self) -> Result<String> {
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(0))
+            .map_err(Error::io("read", &self.path))?;
+        digest_of(&mut file).map_err(Error::io("read", &self.path))
+    }
+}
+
+/// SHA-256 of all that can be read, in lower-case hexadecimal.
+pub(crate) fn digest_of(input: &mut dyn Read) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 17];
+    loop {
+        match input.read(&mut buffer)? {
+            0 => return Ok(hexadecimal(&hash.finalize())),
+            count => hash.update(buffer.get(..count).unwrap_or(&buffer)),
+        }
+    }
+}
+
+/// Bytes as lower-case hexadecimal digits.
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+struct Pieces {
+    shim: Extent,
+    kernel: Extent,
+    manifest_extent: Extent,
+    root: Extent,
+    manifest: Manifest,
+}
+
+/// Checked reading of a file that may be anything.
+struct Reader<'a> {
+    file: &'a File,
+    length: u64,
+}
+
+fn get16(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_le_bytes(bytes.get(at..)?.first_chunk().copied()?))
+}
+fn get32(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..)?.first_chunk().copied()?))
+}
+fn get64(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(at..)?.first_chunk().copied()?))
+}
+
+impl Reader<'_> {
+    fn read(&self, extent: Extent, what: &str) -> Result<Vec<u8>, String> {
+        if extent
+            .offset
+            .checked_add(extent.length)
+            .is_none_or(|end| end > self.length)
+        {
+            return Err(format!(
+                "is cut off: {what} should end at byte {}, but the file has {}",
+                extent.end(),
+                self.length
+            ));
+        }
+        let mut bytes = vec![0; extent.length as usize];
+        self.file
+            .read_exact_at(&mut bytes, extent.offset)
+            .map_err(|error| format!("cannot read {what}: {error}"))?;
+        Ok(bytes)
+    }
+
+    /// Section headers as (name, extent).
+    fn sections(&self, header: &[u8]) -> Result<Vec<(String, Extent)>, String> {
+        let damaged = || "has a damaged ELF header".to_string();
+        let offset = get64(header, 40).ok_or_else(damaged)?;
+        let size = u64::from(get16(header, 58).ok_or_else(damaged)?);
+        let count = u64::from(get16(header, 60).ok_or_else(damaged)?);
+        let names = usize::from(get16(header, 62).ok_or_else(damaged)?);
+        if size != SECTION_HEADER_SIZE || count == 0 || count > MAX_HEADERS {
+            return Err("is an ELF file, but not an image (no sections of one)".into());
+        }
+        let table = self.read(
+            Extent {
+                offset,
+                length: size * count,
+            },
+            "the section table",
+        )?;
+        let section = |index: usize| -> Option<(u32, Extent)> {
+            let at = index.checked_mul(size as usize)?;
+            let extent = Extent {
+                offset: get64(&table, at + 24)?,
+                length: get64(&table, at + 32)?,
+            };
+            Some((get32(&table, at)?, extent))
+        };
+        let (_, names) = section(names).ok_or_else(damaged)?;
+        if names.length > PAGE {
+            return Err(damaged());
+        }
+        let names = self.read(names, "the section names")?;
+        (1..count as usize)
+            .map(|index| {
+                let (name, extent) = section(index).ok_or_else(damaged)?;
+                let name = names.get(name as usize..).ok_or_else(damaged)?;
+                let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+                Ok((String::from_utf8_lossy(name).into_owned(), extent))
+            })
+            .collect()
+    }
+
+    fn check(&self) -> Result<Pieces, String> {
+        if self.length < HEADER_SIZE {
+            return Err("is not an image (too short)".into());
+        }
+        let header = self.read(
+            Extent {
+                offset: 0,
+                length: HEADER_SIZE,
+            },
+            "the ELF header",
+        )?;
+        if !header.starts_with(b"\x7fELF") {
+            return Err("is not an image (no ELF file)".into());
+        }
+        if !header.starts_with(b"\x7fELF\x02\x01\x01")
+            || get16(&header, 16) != Some(elf::ET_EXEC.0)
+            || get16(&header, 18) != Some(elf::EM_X86_64.0)
+        {
+            return Err("is not an image (another kind of ELF file)".into());
+        }
+        let sections = self.sections(&header)?;
+        let find = |name: &str, limit: u64| -> Result<Extent, String> {
+            let mut found = sections.iter().filter(|(n, _)| n == name);
+            let Some((_, extent)) = found.next() else {
+                return Err(format!(
+                    "is an ELF file, but not an image (no section {name})"
+                ));
+            };
+            if found.next().is_some() {
+                return Err(format!("has two sections {name}"));
+            }
+            if extent
+                .offset
+                .checked_add(extent.length)
+                .is_none_or(|end| end > self.length)
+            {
+                return Err(format!("is cut off: section {name} ends beyond the file"));
+            }
+            if extent.offset % PAGE != 0 || extent.length == 0 || extent.length > limit {
+                return Err(format!("has a section {name} of a wrong size or alignment"));
+            }
+            Ok(*extent)
+        };
+        let directory_extent = find(SECTION_DIRECTORY, Directory::SIZE as u64)?;
+        let shim = find(SECTION_SHIM, MAX_GUEST)?;
+        let kernel = find(SECTION_KERNEL, MAX_GUEST)?;
+        let manifest_extent = find(SECTION_MANIFEST, MAX_MANIFEST)?;
+        let root = find(SECTION_ROOT, MAX_ROOT)?;
+        let headers = Extent {
+            offset: 0,
+            length: HEADER_SIZE,
+        };
+        let mut order = [
+            headers,
+            directory_extent,
+            shim,
+            kernel,
+            manifest_extent,
+            root,
+        ];
+        order.sort_by_key(|extent| extent.offset);
+        for pair in order.windows(2) {
+            if let [first, second] = pair
+                && first.end() > second.offset
+            {
+                return Err("has overlapping pieces".into());
+            }
+        }
+        self.check_directory(&header, directory_extent, [kernel, manifest_extent, root])?;
+        for (extent, what) in [(kernel, "kernel"), (shim, "VM shim")] {
+            let start = self.read(
+                Extent {
+                    length: extent.length.min(4),
+                    ..extent
+                },
+                what,
+            )?;
+            if start != b"\x7fELF" {
+                return Err(format!("has a damaged {what}"));
+            }
+        }
+        let superblock = Extent {
+            offset: root.offset + 1024,
+            length: 4,
+        };
+        if root.length < PAGE || self.read(superblock, "the root")? != EROFS_MAGIC {
+            return Err("has a damaged root file system".into());
+        }
+        let manifest = self.read(manifest_extent, "the manifest")?;
+        let manifest = parse_manifest(&manifest)?;
+        Ok(Pieces {
+            shim,
+            kernel,
+            manifest_extent,
+            root,
+            manifest,
+        })
+    }
+
+    /// Directory, program headers and sections must tell the same story, or engines would see different images.
+    fn check_directory(
+        &self,
+        header: &[u8],
+        extent: Extent,
+        pieces: [Extent; 3],
+    ) -> Result<(), String> {
+        let damaged = || "has a damaged directory".to_string();
+        let bytes = self.read(extent, "the directory")?;
+        if get64(&bytes, 0) != Some(DIRECTORY_MAGIC) {
+            return Err(damaged());
+        }
+        let offset = get64(header, 32).ok_or_else(damaged)?;
+        let count = u64::from(get16(header, 56).ok_or_else(damaged)?);
+        if get16(header, 54) != Some(PROGRAM_HEADER_SIZE as u16) || count > MAX_HEADERS {
+            return Err("has damaged program headers".into());
+        }
+        let table = Extent {
+            offset,
+            length: count * PROGRAM_HEADER_SIZE,
+        };
+        let table = self.read(table, "the program headers")?;
+        let mut end = 0;
+        for piece in 0..3 {
+            let physical = get64(&bytes, 8 + piece * 16).ok_or_else(damaged)?;
+            let length = get64(&bytes, 16 + piece * 16).ok_or_else(damaged)?;
+            let section = pieces.get(piece).ok_or_else(damaged)?;
+            let loaded = table
+                .chunks_exact(PROGRAM_HEADER_SIZE as usize)
+                .any(|header| {
+                    get32(header, 0) == Some(elf::PT_LOAD.0)
+                        && get64(header, 8) == Some(section.offset)
+                        && get64(header, 24) == Some(physical)
+                        && get64(header, 32) == Some(length)
+                });
+            let after = physical.checked_add(length).ok_or_else(damaged)?;
+            if length != section.length
+                || !loaded
+                || physical < end.max(SHIM_PHYSICAL)
+                || after > PHYSICAL_END
+            {
+                return Err(damaged());
+            }
+            end = after;
+        }
+        Ok(())
+    }
+}
+
+/// Reads a manifest and checks what the type does not say.
+fn parse_manifest(bytes: &[u8]) -> Result<Manifest, String> {
+    #[derive(serde::Deserialize)]
+    struct Format {
+        format: u32,
+    }
+    let format: Format = serde_json::from_slice(bytes)
+        .map_err(|error| format!("has a damaged manifest: {error}"))?;
+    if format.format != FORMAT {
+        return Err(format!(
+            "has a manifest of format {}, and this kiln reads format {FORMAT}",
+            format.format
+        ));
+    }
+    let manifest: Manifest = serde_json::from_slice(bytes)
+        .map_err(|error| format!("has a damaged manifest: {error}"))?;
+    let paths = [&manifest.program, &manifest.working_directory];
+    if paths
+        .into_iter()
+        .chain(&manifest.volumes)
+        .any(|path| !path.starts_with('/'))
+    {
+        return Err("has a manifest with a path that is not absolute".into());
+    }
+    Ok(manifest)
+}
