@@ -1,0 +1,208 @@
+//! The stack: one link, its sockets, and the calls that move time and frames.
+
+use alloc::boxed::Box;
+use core::net::IpAddr;
+
+use crate::link::Link;
+use crate::packet::{ICMPV6, IpPacket, TCP};
+use crate::socket::{Error, Event, Events, Readiness, SocketId};
+use crate::tcp::{Connection, Idle, Listener, Sockets, Tcp};
+use crate::{Address, Configuration, FrameSink, FrameSource, Moment, Route};
+
+/// One socket of any kind.
+pub(crate) enum Socket {
+    TcpIdle(Idle),
+    TcpListener(Box<Listener>),
+    TcpConnection(Box<Connection>),
+}
+
+/// A TCP/IP stack with one Ethernet link and a loopback.
+///
+/// The owner gives it frames ([`receive`](Self::receive)), uses sockets, and then calls [`poll`](Self::poll): what is
+/// to be sent is sent there, and what happened is then told by [`next_event`](Self::next_event). [`poll`](Self::poll)
+/// is due at [`next_deadline`](Self::next_deadline), and when the sink has room again.
+pub struct Stack {
+    pub(crate) link: Link,
+    pub(crate) sockets: Sockets,
+    pub(crate) events: Events,
+    pub(crate) tcp: Tcp,
+}
+
+impl Stack {
+    /// A stack without addresses but its IPv6 link-local one, and 127.0.0.0/8 and ::1, which every stack has.
+    #[must_use]
+    pub fn new(configuration: &Configuration) -> Stack {
+        let mut link = Link::new(configuration);
+        let tcp = Tcp::new(configuration, &mut link);
+        Stack { link, sockets: Sockets::default(), events: Events::default(), tcp }
+    }
+
+    /// Own Ethernet address.
+    #[must_use]
+    pub fn mac(&self) -> [u8; 6] {
+        self.link.mac
+    }
+
+    /// Largest IP packet in bytes.
+    #[must_use]
+    pub fn mtu(&self) -> usize {
+        self.link.mtu
+    }
+
+    /// Own addresses, without those of the loopback.
+    #[must_use]
+    pub fn addresses(&self) -> &[Address] {
+        self.link.addresses()
+    }
+
+    /// Adds an address, or changes its prefix. Its network is on the link.
+    pub fn add_address(&mut self, address: IpAddr, prefix: u8) {
+        self.link.add_address(Address { address, prefix });
+    }
+
+    /// Removes an address.
+    pub fn remove_address(&mut self, address: IpAddr) {
+        self.link.remove_address(address);
+    }
+
+    /// All routes but those to the networks of own addresses; the longest prefixes come first.
+    #[must_use]
+    pub fn routes(&self) -> &[Route] {
+        self.link.routes()
+    }
+
+    /// Adds a route.
+    pub fn add_route(&mut self, route: Route) {
+        self.link.add_route(route);
+    }
+
+    /// Removes a route.
+    pub fn remove_route(&mut self, route: &Route) {
+        self.link.remove_route(route);
+    }
+
+    /// Adds a default route of the gateway's family.
+    pub fn add_gateway(&mut self, gateway: IpAddr) {
+        let any = match gateway {
+            IpAddr::V4(_) => IpAddr::from([0; 4]),
+            IpAddr::V6(_) => IpAddr::from([0; 16]),
+        };
+        self.link.add_route(Route { network: Address { address: any, prefix: 0 }, gateway: Some(gateway) });
+    }
+
+    /// Names a neighbour's Ethernet address for good: it is never asked for.
+    pub fn add_neighbour(&mut self, address: IpAddr, mac: [u8; 6]) {
+        self.link.add_neighbour(address, mac);
+    }
+
+    /// Takes one received Ethernet frame. Call [`poll`](Self::poll) after a batch of them.
+    pub fn receive(&mut self, now: Moment, sink: &mut dyn FrameSink, frame: &[u8]) {
+        if let Some((from, packet)) = self.link.receive(now, sink, frame) {
+            self.receive_packet(now, sink, Some(from), &packet);
+        }
+    }
+
+    /// Takes all frames of a source, then polls.
+    pub fn receive_all(&mut self, now: Moment, source: &mut dyn FrameSource, sink: &mut dyn FrameSink) {
+        while let Some(frame) = source.receive() {
+            self.receive(now, sink, frame);
+        }
+        self.poll(now, sink);
+    }
+
+    /// Takes an IP packet from the link (`from` is the sender's Ethernet address) or the loopback.
+    fn receive_packet(
+        &mut self,
+        now: Moment,
+        sink: &mut dyn FrameSink,
+        from: Option<[u8; 6]>,
+        packet: &IpPacket<'_>,
+    ) {
+        if packet.fragment.is_some() {
+            return;
+        }
+        match packet.protocol {
+            TCP => self.tcp_receive_segment(now, sink, packet, from.is_none()),
+            ICMPV6 => {
+                if let Some(from) = from {
+                    self.link.receive_neighbour_message(now, sink, from, packet);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Sends what is to be sent and does what is due.
+    pub fn poll(&mut self, now: Moment, sink: &mut dyn FrameSink) {
+        self.link.poll(now, sink);
+        for bytes in core::mem::take(&mut self.link.undeliverable) {
+            if let Some(packet) = IpPacket::parse(&bytes, false)
+                && packet.protocol == TCP
+            {
+                self.tcp_undeliverable(&packet, Error::HostUnreachable);
+            }
+        }
+        loop {
+            let mut any = self.tcp_poll(now, sink);
+            while let Some(bytes) = self.link.receive_loopback() {
+                any = true;
+                if let Some(packet) = IpPacket::parse(&bytes, false) {
+                    self.receive_packet(now, sink, None, &packet);
+                }
+            }
+            if !any {
+                break;
+            }
+        }
+    }
+
+    /// When [`poll`](Self::poll) is due next, if nothing comes before: a moment that has passed means at once, None
+    /// means never.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Moment> {
+        [self.link.next_deadline(), self.tcp.next_deadline()].into_iter().flatten().min()
+    }
+
+    /// The next thing that happened. Each socket stands in the queue at most once.
+    pub fn next_event(&mut self) -> Option<Event> {
+        loop {
+            let event = self.events.pop()?;
+            match event {
+                Event::Ready(id) => match self.sockets.get_mut(id) {
+                    Some(Socket::TcpConnection(connection)) => connection.event_taken(),
+                    Some(Socket::TcpListener(listener)) => listener.event_taken(),
+                    Some(Socket::TcpIdle(_)) => {}
+                    None => continue,
+                },
+                Event::Intercepted(id) => {
+                    if self.sockets.get(id).is_none() {
+                        continue;
+                    }
+                }
+            }
+            return Some(event);
+        }
+    }
+
+    /// Whether [`next_event`](Self::next_event) may have something.
+    #[must_use]
+    pub fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    /// What can be done with a socket now.
+    #[must_use]
+    pub fn readiness(&self, id: SocketId) -> Readiness {
+        self.tcp_readiness(id)
+    }
+
+    /// Takes the socket's pending error (`SO_ERROR`).
+    pub fn take_error(&mut self, id: SocketId) -> Option<Error> {
+        self.tcp_take_error(id)
+    }
+
+    /// Closes a socket of any kind. Its name must not be used any more.
+    pub fn close(&mut self, id: SocketId) {
+        self.tcp_close(id);
+    }
+}

@@ -1,0 +1,1496 @@
+//! TCP: connections, listeners and what binds them to ports. The state machine of one connection is smoltcp's.
+//!
+//! smoltcp walks all sockets of a set for each packet. So each connection has a set of its own, found by a hash of its
+//! addresses and ports, and is worked on only when a segment came for it, its owner used it, or its timer is due.
+//!
+//! Sources: RFC 9293 (TCP), RFC 6056 (ephemeral ports), RFC 1122 section 4.2. `accept(2)`, `listen(2)`, `tcp(7)` for
+//! what the owner sees.
+//!
+//! What always holds:
+//! - A tuple in `tuples` names a connection that exists and is not finished, or a TIME-WAIT record.
+//! - A connection in TIME-WAIT whose owner has closed it has no buffers: only a record of its last sequence numbers.
+//! - A connection whose owner has not closed it keeps its slot, whatever the other end does.
+
+use alloc::boxed::Box;
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
+use core::net::{IpAddr, SocketAddr};
+use core::time::Duration;
+use hashbrown::HashMap;
+use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet, SocketStorage};
+use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::socket::tcp;
+use smoltcp::time::Instant;
+use smoltcp::wire::{HardwareAddress, IpListenEndpoint};
+
+use crate::link::Link;
+use crate::packet::{IPV4_HEADER, IPV6_HEADER, IpHeader, IpPacket, TCP, TCP_HEADER, header_length, ports};
+use crate::socket::{Error, Event, Events, Readiness, Shutdown, SocketId, Table};
+use crate::stack::{Socket, Stack};
+use crate::timer::Timers;
+use crate::{Checksums, Configuration, FrameSink, Moment};
+
+/// First and last port that are given out by themselves (`ip_local_port_range` of Linux).
+const EPHEMERAL: core::ops::RangeInclusive<u16> = 32768..=60999;
+/// How long an unanswered connect goes on (`tcp_syn_retries` of Linux gives 127 s).
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(127);
+/// How long a connection may stay half open.
+const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a connection that its owner has closed may take to end (`tcp_fin_timeout`).
+const ORPHAN_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long sent data may stay unanswered (`tcp_retries2` of Linux: about 15 minutes).
+const SEND_TIMEOUT: Duration = Duration::from_secs(924);
+
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
+
+/// State of a TCP socket, with the names of RFC 9293 section 3.3.2.
+pub use smoltcp::socket::tcp::State as TcpState;
+
+/// Probing of an idle connection (`SO_KEEPALIVE`, `TCP_KEEPIDLE`, `TCP_KEEPINTVL`, `TCP_KEEPCNT` of `tcp(7)`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeepAlive {
+    /// Time without any segment before the first probe, and between probes.
+    pub idle: Duration,
+    /// Time that each unanswered probe adds before the connection counts as dead.
+    pub interval: Duration,
+    /// Probes that may stay unanswered.
+    pub count: u32,
+}
+
+/// What the owner set; given on to accepted connections.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Options {
+    no_delay: bool,
+    keep_alive: Option<KeepAlive>,
+    hop_limit: Option<u8>,
+    reuse_address: bool,
+    only_v6: bool,
+}
+
+/// A socket that neither listens nor is connected.
+#[derive(Default)]
+pub(crate) struct Idle {
+    bound: Option<SocketAddr>,
+    options: Options,
+}
+
+/// A listening socket.
+pub(crate) struct Listener {
+    bound: SocketAddr,
+    options: Options,
+    backlog: usize,
+    /// Established connections that wait to be accepted.
+    queue: VecDeque<SocketId>,
+    event_queued: bool,
+}
+
+/// The four things that name a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Tuple {
+    local: SocketAddr,
+    remote: SocketAddr,
+}
+
+/// A connection, from its first segment on.
+pub(crate) struct Connection {
+    set: SocketSet<'static>,
+    handle: SocketHandle,
+    tuple: Tuple,
+    options: Options,
+    /// Both ends are in this stack.
+    own: bool,
+    /// The state at the last look.
+    state: TcpState,
+    /// The heap entry that counts.
+    armed: Option<Moment>,
+    /// In the list of connections to be worked on.
+    pending: bool,
+    /// A segment came since the last look.
+    fresh: bool,
+    /// The listener that made it, until it is established.
+    listener: Option<SocketId>,
+    /// Waits for the owner's word before it answers (intercepted).
+    paused: bool,
+    /// The owner has closed it.
+    orphan: bool,
+    /// The owner has aborted it: no error to report.
+    aborted: bool,
+    /// It has no tuple any more: nothing will come or go.
+    finished: bool,
+    connected: bool,
+    read_closed: bool,
+    read_shut: bool,
+    error: Option<Error>,
+    /// Readiness that the owner has been told of.
+    ready: Readiness,
+    /// Bytes in the receive buffer that the owner has been told of.
+    told: usize,
+    event_queued: bool,
+    buffer: usize,
+    timeout: Option<Duration>,
+    trace: Trace,
+}
+
+impl Connection {
+    fn socket(&mut self) -> &mut tcp::Socket<'static> {
+        self.set.get_mut(self.handle)
+    }
+
+    fn socket_ref(&self) -> &tcp::Socket<'static> {
+        self.set.get(self.handle)
+    }
+
+    fn readiness(&self) -> Readiness {
+        let socket = self.socket_ref();
+        let mut ready = Readiness::empty();
+        ready.set(Readiness::READABLE, socket.recv_queue() > 0);
+        ready.set(Readiness::WRITABLE, socket.may_send() && has_send_space(socket));
+        ready.set(Readiness::READ_CLOSED, self.read_closed || self.read_shut || self.finished);
+        ready.set(Readiness::WRITE_CLOSED, self.finished || (self.connected && !socket.may_send()));
+        ready.set(Readiness::CONNECTED, self.connected);
+        ready.set(Readiness::ERROR, self.error.is_some());
+        ready
+    }
+}
+
+/// Whether a third of the send buffer is free: as `sk_stream_is_writeable` of Linux, so that writers are not woken for
+/// each acknowledged byte.
+fn has_send_space(socket: &tcp::Socket<'_>) -> bool {
+    (socket.send_capacity() - socket.send_queue()) * 3 >= socket.send_capacity()
+}
+
+/// What was last sent on a connection: enough to answer in TIME-WAIT.
+#[derive(Clone, Copy, Debug, Default)]
+struct Trace {
+    /// The sequence number behind all that was sent.
+    next: u32,
+    acknowledgement: u32,
+    window: u16,
+}
+
+/// What a tuple leads to.
+enum Entry {
+    Connection(SocketId),
+    TimeWait { trace: Trace, expires: Moment },
+}
+
+/// All that TCP has besides the sockets themselves.
+pub(crate) struct Tcp {
+    link: Interface,
+    loopback: Interface,
+    /// For segments that no connection wants: smoltcp answers them with a reset.
+    nobody: SocketSet<'static>,
+    tuples: HashMap<Tuple, Entry>,
+    /// Bound and listening sockets by port.
+    bound: HashMap<u16, Vec<SocketId>>,
+    /// Connections and TIME-WAIT records by local port.
+    uses: HashMap<u16, u32>,
+    pending: Vec<SocketId>,
+    /// Connections that had something to send when there was no room.
+    blocked: Vec<SocketId>,
+    timers: Timers,
+    time_wait: VecDeque<(Moment, Tuple)>,
+    half_open: usize,
+    /// Bytes in the buffers of all connections.
+    buffered: usize,
+    next_port: u16,
+    configuration: Configuration,
+}
+
+impl Tcp {
+    pub(crate) fn new(configuration: &Configuration, link: &mut Link) -> Tcp {
+        let capabilities = |mtu, checksums| {
+            let mut capabilities = DeviceCapabilities::default();
+            capabilities.medium = Medium::Ip;
+            capabilities.max_transmission_unit = mtu;
+            if checksums == Checksums::Trusted {
+                capabilities.checksum = ChecksumCapabilities::ignored();
+            }
+            capabilities
+        };
+        let mut interface = |mtu, checksums, seed| {
+            let mut config = Config::new(HardwareAddress::Ip);
+            config.random_seed = seed;
+            let mut interface =
+                Interface::new(config, &mut Capabilities(capabilities(mtu, checksums)), Instant::from_micros(0));
+            // The link has checked the destination, also for a gateway that takes all.
+            interface.set_any_ip(true);
+            interface
+        };
+        Tcp {
+            loopback: interface(65535, Checksums::Trusted, link.random()),
+            nobody: SocketSet::new(Vec::new()),
+            tuples: HashMap::new(),
+            bound: HashMap::new(),
+            uses: HashMap::new(),
+            pending: Vec::new(),
+            blocked: Vec::new(),
+            timers: Timers::default(),
+            time_wait: VecDeque::new(),
+            half_open: 0,
+            buffered: 0,
+            next_port: u16::try_from(link.random() % 28000).unwrap_or(0) + EPHEMERAL.start(),
+            configuration: configuration.clone(),
+            link: interface(link.mtu, link.checksums, link.random()),
+        }
+    }
+
+    /// The size of each buffer of the next connection: what is left for buffers, so shared that many more fit.
+    fn buffer_size(&self) -> usize {
+        let share = self.configuration.buffer_budget.saturating_sub(self.buffered) / 32;
+        let (minimum, maximum) = (self.configuration.buffer_minimum.max(1024), self.configuration.buffer_maximum);
+        (share.max(1).next_power_of_two() / 2).clamp(minimum, maximum.clamp(minimum, 1 << 30))
+    }
+
+    fn add_tuple(&mut self, tuple: Tuple, entry: Entry) {
+        if self.tuples.insert(tuple, entry).is_none() {
+            *self.uses.entry(tuple.local.port()).or_default() += 1;
+        }
+    }
+
+    fn remove_tuple(&mut self, tuple: &Tuple) {
+        if self.tuples.remove(tuple).is_some()
+            && let Some(count) = self.uses.get_mut(&tuple.local.port())
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.uses.remove(&tuple.local.port());
+            }
+        }
+    }
+
+    fn unbind(&mut self, port: u16, id: SocketId) {
+        if let Some(sockets) = self.bound.get_mut(&port) {
+            sockets.retain(|other| *other != id);
+            if sockets.is_empty() {
+                self.bound.remove(&port);
+            }
+        }
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Moment> {
+        if !self.pending.is_empty() {
+            return Some(Moment::ZERO);
+        }
+        let time_wait = self.time_wait.front().map(|(expires, _)| *expires);
+        [self.timers.earliest(), time_wait].into_iter().flatten().min()
+    }
+}
+
+/// A device that only says what it can do: smoltcp asks for one when an interface is made.
+struct Capabilities(DeviceCapabilities);
+
+impl Device for Capabilities {
+    type RxToken<'a> = Received<'a>;
+    type TxToken<'a> = Nothing;
+
+    fn receive(&mut self, _: Instant) -> Option<(Received<'_>, Nothing)> {
+        None
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<Nothing> {
+        None
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        self.0.clone()
+    }
+}
+
+/// The token that is never made.
+enum Nothing {}
+
+impl TxToken for Nothing {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, _: usize, _: F) -> R {
+        match self {}
+    }
+}
+
+/// One packet handed to smoltcp.
+struct Received<'a>(&'a [u8]);
+
+impl RxToken for Received<'_> {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, read: F) -> R {
+        read(self.0)
+    }
+}
+
+/// What smoltcp sees as its device while it works on one connection.
+struct Port<'a> {
+    now: Moment,
+    link: &'a mut Link,
+    sink: &'a mut dyn FrameSink,
+    packet: Option<&'a [u8]>,
+    destination: IpAddr,
+    own: bool,
+    trace: &'a mut Trace,
+}
+
+/// Leave to send one packet.
+struct Sending<'a> {
+    now: Moment,
+    link: &'a mut Link,
+    sink: &'a mut dyn FrameSink,
+    destination: IpAddr,
+    trace: &'a mut Trace,
+}
+
+impl TxToken for Sending<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, write: F) -> R {
+        let Sending { now, link, sink, destination, trace } = self;
+        link.send(now, sink, destination, length, |packet| {
+            let result = write(packet);
+            trace.note(packet, header_length(&destination));
+            result
+        })
+    }
+}
+
+impl Trace {
+    fn note(&mut self, packet: &[u8], header: usize) {
+        let Some((segment, _)) = packet.get(header..).and_then(|rest| rest.split_first_chunk::<TCP_HEADER>()) else {
+            return;
+        };
+        let word = |at: usize| u32::from_be_bytes([segment[at], segment[at + 1], segment[at + 2], segment[at + 3]]);
+        let length = packet.len() - header - usize::from(segment[12] >> 4) * 4;
+        let control = u32::from(segment[13] & SYN != 0) + u32::from(segment[13] & FIN != 0);
+        self.next = word(4).wrapping_add(u32::try_from(length).unwrap_or(0)).wrapping_add(control);
+        self.acknowledgement = word(8);
+        self.window = u16::from_be_bytes([segment[14], segment[15]]);
+    }
+}
+
+impl Device for Port<'_> {
+    type RxToken<'b>
+        = Received<'b>
+    where
+        Self: 'b;
+    type TxToken<'b>
+        = Sending<'b>
+    where
+        Self: 'b;
+
+    fn receive(&mut self, _: Instant) -> Option<(Received<'_>, Sending<'_>)> {
+        let packet = self.packet.take()?;
+        Some((Received(packet), self.sending()))
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<Sending<'_>> {
+        self.link.has_room(self.sink, self.own).then(|| self.sending())
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        // smoltcp reads them only when the interface is made; here it asks and forgets.
+        DeviceCapabilities::default()
+    }
+}
+
+impl Port<'_> {
+    fn sending(&mut self) -> Sending<'_> {
+        Sending {
+            now: self.now,
+            link: self.link,
+            sink: self.sink,
+            destination: self.destination,
+            trace: self.trace,
+        }
+    }
+}
+
+fn instant(now: Moment) -> Instant {
+    // Rounded up: a timer that is due must be due for smoltcp too.
+    let micros = now.as_nanos().div_ceil(1000);
+    Instant::from_micros(i64::try_from(micros).unwrap_or(i64::MAX / 4))
+}
+
+fn moment(instant: Instant) -> Moment {
+    Moment::from_micros(u64::try_from(instant.total_micros()).unwrap_or(0))
+}
+
+fn tell(events: &mut Events, queued: &mut bool, id: SocketId) {
+    if !*queued {
+        *queued = true;
+        events.push(Event::Ready(id));
+    }
+}
+
+/// Whether two sockets could both want a connection to one address and port.
+fn overlap(a: SocketAddr, a_only_v6: bool, b: SocketAddr, b_only_v6: bool) -> bool {
+    let (a_any, b_any) = (a.ip().is_unspecified(), b.ip().is_unspecified());
+    match (a.is_ipv6(), b.is_ipv6()) {
+        (true, true) | (false, false) => a_any || b_any || a.ip() == b.ip(),
+        (true, false) => a_any && !a_only_v6,
+        (false, true) => b_any && !b_only_v6,
+    }
+}
+
+/// How the sockets of a port are found and used: everything that the owner calls for TCP.
+impl Stack {
+    /// A new TCP socket, neither bound nor connected.
+    pub fn tcp_open(&mut self) -> SocketId {
+        self.sockets.insert(Socket::TcpIdle(Idle::default()))
+    }
+
+    fn tcp_options(&mut self, id: SocketId) -> Result<&mut Options, Error> {
+        match self.sockets.get_mut(id).ok_or(Error::NoSuchSocket)? {
+            Socket::TcpIdle(idle) => Ok(&mut idle.options),
+            Socket::TcpListener(listener) => Ok(&mut listener.options),
+            Socket::TcpConnection(connection) => Ok(&mut connection.options),
+            _ => Err(Error::Invalid),
+        }
+    }
+
+    /// Sends small segments at once (`TCP_NODELAY`), or collects them until the last one is acknowledged (the default).
+    ///
+    /// # Errors
+    /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
+    pub fn tcp_set_no_delay(&mut self, id: SocketId, no_delay: bool) -> Result<(), Error> {
+        self.tcp_options(id)?.no_delay = no_delay;
+        self.tcp_apply_options(id);
+        Ok(())
+    }
+
+    /// Sets or stops probing of an idle connection.
+    ///
+    /// # Errors
+    /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
+    pub fn tcp_set_keep_alive(&mut self, id: SocketId, keep_alive: Option<KeepAlive>) -> Result<(), Error> {
+        self.tcp_options(id)?.keep_alive = keep_alive;
+        self.tcp_apply_options(id);
+        Ok(())
+    }
+
+    /// Sets the time to live or hop limit (`IP_TTL`, `IPV6_UNICAST_HOPS`); None or 0 for the default, 64.
+    ///
+    /// # Errors
+    /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
+    pub fn tcp_set_hop_limit(&mut self, id: SocketId, hop_limit: Option<u8>) -> Result<(), Error> {
+        self.tcp_options(id)?.hop_limit = hop_limit.filter(|limit| *limit != 0);
+        self.tcp_apply_options(id);
+        Ok(())
+    }
+
+    /// Allows an address to be bound whose connections are not all forgotten yet (`SO_REUSEADDR`).
+    ///
+    /// # Errors
+    /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
+    pub fn tcp_set_reuse_address(&mut self, id: SocketId, reuse: bool) -> Result<(), Error> {
+        self.tcp_options(id)?.reuse_address = reuse;
+        Ok(())
+    }
+
+    /// Says whether a socket bound to `::` takes only IPv6 (`IPV6_V6ONLY`); by default it takes both.
+    ///
+    /// # Errors
+    /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
+    pub fn tcp_set_only_v6(&mut self, id: SocketId, only_v6: bool) -> Result<(), Error> {
+        self.tcp_options(id)?.only_v6 = only_v6;
+        Ok(())
+    }
+
+    fn tcp_apply_options(&mut self, id: SocketId) {
+        if let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) {
+            let options = connection.options;
+            let socket = connection.socket();
+            socket.set_nagle_enabled(!options.no_delay);
+            socket.set_hop_limit(options.hop_limit);
+            let keep_alive = options.keep_alive.map(|keep_alive| keep_alive.idle.max(Duration::from_secs(1)).into());
+            if socket.keep_alive() != keep_alive {
+                socket.set_keep_alive(keep_alive);
+            }
+            self.tcp_mark(id);
+        }
+    }
+
+    /// Binds to an address and port (`bind(2)`). An unspecified address stands for all; port 0 for a free one.
+    ///
+    /// # Errors
+    /// `AddressInUse`, `AddressNotAvailable`; `Invalid` when it is bound or connected already.
+    pub fn tcp_bind(&mut self, id: SocketId, address: SocketAddr) -> Result<(), Error> {
+        let options = *self.tcp_options(id)?;
+        match self.sockets.get(id) {
+            Some(Socket::TcpIdle(Idle { bound: None, .. })) => {}
+            _ => return Err(Error::Invalid),
+        }
+        if !address.ip().is_unspecified() && !self.link.is_own(address.ip()) {
+            return Err(Error::AddressNotAvailable);
+        }
+        let mut address = address;
+        if address.port() == 0 {
+            let port = self.tcp_free_port(|tcp, port| !tcp.bound.contains_key(&port) && !tcp.uses.contains_key(&port));
+            address.set_port(port.ok_or(Error::AddressInUse)?);
+        } else {
+            self.tcp_check_bind(id, address, options)?;
+        }
+        self.tcp.bound.entry(address.port()).or_default().push(id);
+        if let Some(Socket::TcpIdle(idle)) = self.sockets.get_mut(id) {
+            idle.bound = Some(address);
+        }
+        Ok(())
+    }
+
+    /// Linux's rules: a bound address is free for another socket only if both allow reuse and none listens; one that
+    /// only has connections, if the new one allows reuse.
+    fn tcp_check_bind(&self, id: SocketId, address: SocketAddr, options: Options) -> Result<(), Error> {
+        for other in self.tcp.bound.get(&address.port()).into_iter().flatten() {
+            let (bound, other_options, listens) = match self.sockets.get(*other) {
+                Some(Socket::TcpIdle(Idle { bound: Some(bound), options })) => (*bound, *options, false),
+                Some(Socket::TcpListener(listener)) => (listener.bound, listener.options, true),
+                _ => continue,
+            };
+            if *other != id
+                && overlap(address, options.only_v6, bound, other_options.only_v6)
+                && (listens || !options.reuse_address || !other_options.reuse_address)
+            {
+                return Err(Error::AddressInUse);
+            }
+        }
+        if !options.reuse_address && self.tcp.uses.contains_key(&address.port()) {
+            return Err(Error::AddressInUse);
+        }
+        Ok(())
+    }
+
+    /// A port of the ephemeral range for which `free` holds, starting behind the last one.
+    fn tcp_free_port(&mut self, free: impl Fn(&Tcp, u16) -> bool) -> Option<u16> {
+        for _ in EPHEMERAL {
+            let port = self.tcp.next_port;
+            self.tcp.next_port = if port >= *EPHEMERAL.end() { *EPHEMERAL.start() } else { port + 1 };
+            if free(&self.tcp, port) {
+                return Some(port);
+            }
+        }
+        None
+    }
+
+    /// Listens (`listen(2)`); binds to any address and a free port when the socket is not bound. Again on a listener:
+    /// changes its backlog.
+    ///
+    /// # Errors
+    /// `AddressInUse` when another socket listens there; `Invalid` when the socket is connected.
+    pub fn tcp_listen(&mut self, id: SocketId, backlog: usize) -> Result<(), Error> {
+        if let Some(Socket::TcpListener(listener)) = self.sockets.get_mut(id) {
+            listener.backlog = backlog.max(1);
+            return Ok(());
+        }
+        let Some(Socket::TcpIdle(idle)) = self.sockets.get(id) else { return Err(Error::Invalid) };
+        if idle.bound.is_none() {
+            self.tcp_bind(id, SocketAddr::from(([0, 0, 0, 0], 0)))?;
+        }
+        let Some(Socket::TcpIdle(Idle { bound: Some(bound), options })) = self.sockets.get(id) else {
+            return Err(Error::Invalid);
+        };
+        let (bound, options) = (*bound, *options);
+        let taken = self.tcp.bound.get(&bound.port()).into_iter().flatten().any(|other| {
+            matches!(self.sockets.get(*other), Some(Socket::TcpListener(listener))
+                if overlap(bound, options.only_v6, listener.bound, listener.options.only_v6))
+        });
+        if taken {
+            return Err(Error::AddressInUse);
+        }
+        let listener =
+            Listener { bound, options, backlog: backlog.max(1), queue: VecDeque::new(), event_queued: false };
+        if let Some(socket) = self.sockets.get_mut(id) {
+            *socket = Socket::TcpListener(Box::new(listener));
+        }
+        Ok(())
+    }
+
+    /// Takes the next established connection of a listener (`accept(2)`).
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is none; `Invalid` when the socket does not listen.
+    pub fn tcp_accept(&mut self, id: SocketId) -> Result<SocketId, Error> {
+        let Some(Socket::TcpListener(listener)) = self.sockets.get_mut(id) else { return Err(Error::Invalid) };
+        listener.queue.pop_front().ok_or(Error::WouldBlock)
+    }
+
+    /// Starts to connect (`connect(2)`). Readiness says when it is done: `CONNECTED`, or `ERROR`.
+    ///
+    /// # Errors
+    /// `NetworkUnreachable`, `AddressNotAvailable`, `AddressInUse`; `AlreadyConnected`.
+    pub fn tcp_connect(&mut self, id: SocketId, remote: SocketAddr) -> Result<(), Error> {
+        let (bound, options) = match self.sockets.get(id).ok_or(Error::NoSuchSocket)? {
+            Socket::TcpIdle(idle) => (idle.bound, idle.options),
+            Socket::TcpConnection(_) => return Err(Error::AlreadyConnected),
+            _ => return Err(Error::Invalid),
+        };
+        let mut remote = remote;
+        if remote.ip().is_unspecified() {
+            // As Linux: the unspecified address is this host.
+            remote.set_ip(match remote.ip() {
+                IpAddr::V4(_) => IpAddr::from([127, 0, 0, 1]),
+                IpAddr::V6(_) => IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]),
+            });
+        }
+        if remote.port() == 0 || self.link.is_group(remote.ip()) {
+            return Err(Error::NetworkUnreachable);
+        }
+        if !self.link.reaches(remote.ip()) {
+            return Err(Error::NetworkUnreachable);
+        }
+        let source = match bound.map(|bound| bound.ip()).filter(|address| !address.is_unspecified()) {
+            Some(address) if address.is_ipv4() == remote.is_ipv4() => address,
+            Some(_) => return Err(Error::Invalid),
+            None => self.link.source_for(remote.ip()).ok_or(Error::NetworkUnreachable)?,
+        };
+        let port = match bound {
+            Some(bound) => bound.port(),
+            None => {
+                let tuple = |port| Tuple { local: SocketAddr::new(source, port), remote };
+                let unused = |tcp: &Tcp, port| !tcp.bound.contains_key(&port);
+                // A port whose last connection to the same place is only remembered may be used again when no other
+                // is left (`tcp_tw_reuse`).
+                self.tcp_free_port(|tcp, port| unused(tcp, port) && !tcp.tuples.contains_key(&tuple(port)))
+                    .or_else(|| {
+                        self.tcp_free_port(|tcp, port| {
+                            unused(tcp, port) && matches!(tcp.tuples.get(&tuple(port)), Some(Entry::TimeWait { .. }))
+                        })
+                    })
+                    .ok_or(Error::AddressNotAvailable)?
+            }
+        };
+        let tuple = Tuple { local: SocketAddr::new(source, port), remote };
+        if matches!(self.tcp.tuples.get(&tuple), Some(Entry::Connection(_))) {
+            return Err(Error::AddressNotAvailable);
+        }
+        let own = self.link.is_own(remote.ip());
+        let mut connection = self.tcp_new_connection(tuple, options, own);
+        let interface = if own { &mut self.tcp.loopback } else { &mut self.tcp.link };
+        let result = connection.socket().connect(interface.context(), remote, tuple.local);
+        if result.is_err() {
+            self.tcp.buffered -= 2 * connection.buffer;
+            return Err(Error::NetworkUnreachable);
+        }
+        connection.state = TcpState::SynSent;
+        if let Some(bound) = bound {
+            self.tcp.unbind(bound.port(), id);
+        }
+        self.tcp.remove_tuple(&tuple);
+        self.tcp.add_tuple(tuple, Entry::Connection(id));
+        if let Some(socket) = self.sockets.get_mut(id) {
+            *socket = Socket::TcpConnection(connection);
+        }
+        self.tcp_apply_options(id);
+        self.tcp_mark(id);
+        Ok(())
+    }
+
+    /// The address that the socket is bound to or connected from.
+    #[must_use]
+    pub fn tcp_local_address(&self, id: SocketId) -> Option<SocketAddr> {
+        match self.sockets.get(id)? {
+            Socket::TcpIdle(idle) => idle.bound,
+            Socket::TcpListener(listener) => Some(listener.bound),
+            Socket::TcpConnection(connection) => Some(connection.tuple.local),
+            _ => None,
+        }
+    }
+
+    /// The address that the socket is, or was, connected to.
+    #[must_use]
+    pub fn tcp_remote_address(&self, id: SocketId) -> Option<SocketAddr> {
+        match self.sockets.get(id)? {
+            Socket::TcpConnection(connection) => Some(connection.tuple.remote),
+            _ => None,
+        }
+    }
+
+    /// The socket's state.
+    #[must_use]
+    pub fn tcp_state(&self, id: SocketId) -> TcpState {
+        match self.sockets.get(id) {
+            Some(Socket::TcpListener(_)) => TcpState::Listen,
+            Some(Socket::TcpConnection(connection)) => connection.socket_ref().state(),
+            _ => TcpState::Closed,
+        }
+    }
+
+    /// Bytes that wait in the receive buffer and in the send buffer (`SIOCINQ`, `SIOCOUTQ`).
+    #[must_use]
+    pub fn tcp_queues(&self, id: SocketId) -> (usize, usize) {
+        match self.sockets.get(id) {
+            Some(Socket::TcpConnection(connection)) => {
+                let socket = connection.socket_ref();
+                (socket.recv_queue(), socket.send_queue())
+            }
+            _ => (0, 0),
+        }
+    }
+
+    /// Capacity of the receive buffer and of the send buffer in bytes (`SO_RCVBUF`, `SO_SNDBUF`).
+    #[must_use]
+    pub fn tcp_capacities(&self, id: SocketId) -> (usize, usize) {
+        match self.sockets.get(id) {
+            Some(Socket::TcpConnection(connection)) => (connection.buffer, connection.buffer),
+            _ => (self.tcp.buffer_size(), self.tcp.buffer_size()),
+        }
+    }
+
+    fn tcp_connection(&mut self, id: SocketId) -> Result<&mut Connection, Error> {
+        match self.sockets.get_mut(id).ok_or(Error::NoSuchSocket)? {
+            Socket::TcpConnection(connection) => Ok(connection),
+            Socket::TcpIdle(_) | Socket::TcpListener(_) => Err(Error::NotConnected),
+            _ => Err(Error::Invalid),
+        }
+    }
+
+    /// Queues bytes to be sent and returns how many.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the buffer is full or the connection is not established yet; `BrokenPipe` after a shutdown or
+    /// the connection's end; the pending error, which it takes.
+    pub fn tcp_send(&mut self, id: SocketId, data: &[u8]) -> Result<usize, Error> {
+        let mut sent = 0;
+        // Twice: the buffer is a ring.
+        for _ in 0..2 {
+            let rest = data.get(sent..).unwrap_or_default();
+            let result = self.tcp_send_with(id, |space| {
+                let count = space.len().min(rest.len());
+                if let (Some(space), Some(rest)) = (space.get_mut(..count), rest.get(..count)) {
+                    space.copy_from_slice(rest);
+                }
+                count
+            });
+            match result {
+                Ok(count) => sent += count,
+                Err(_) if sent > 0 => break,
+                Err(error) => return Err(error),
+            }
+            if sent == data.len() {
+                break;
+            }
+        }
+        Ok(sent)
+    }
+
+    /// Lets `write` put bytes straight into the free part of the send buffer (the first part, where it wraps around)
+    /// and say how many. It is not called when there is no room.
+    ///
+    /// # Errors
+    /// As [`tcp_send`](Self::tcp_send).
+    pub fn tcp_send_with(&mut self, id: SocketId, write: impl FnOnce(&mut [u8]) -> usize) -> Result<usize, Error> {
+        let connection = self.tcp_connection(id)?;
+        let connected = connection.connected;
+        let socket = connection.socket();
+        if !socket.may_send() {
+            if let Some(error) = connection.error.take() {
+                connection.ready.remove(Readiness::ERROR);
+                return Err(error);
+            }
+            return Err(if connected || connection.finished { Error::BrokenPipe } else { Error::WouldBlock });
+        }
+        if !socket.can_send() {
+            connection.ready.remove(Readiness::WRITABLE);
+            return Err(Error::WouldBlock);
+        }
+        let count = socket
+            .send(|space| {
+                let count = write(space).min(space.len());
+                (count, count)
+            })
+            .map_err(|_| Error::BrokenPipe)?;
+        if !has_send_space(socket) {
+            connection.ready.remove(Readiness::WRITABLE);
+        }
+        if count > 0 {
+            self.tcp_mark(id);
+        }
+        Ok(count)
+    }
+
+    /// Takes received bytes and returns how many; 0 when the other end has sent all it will.
+    ///
+    /// # Errors
+    /// `WouldBlock` when nothing is there; `NotConnected`; the pending error, which it takes.
+    pub fn tcp_receive(&mut self, id: SocketId, data: &mut [u8]) -> Result<usize, Error> {
+        let mut received = 0;
+        // Twice: the buffer is a ring.
+        for _ in 0..2 {
+            let rest = data.get_mut(received..).unwrap_or_default();
+            let result = self.tcp_receive_with(id, |bytes| {
+                let count = bytes.len().min(rest.len());
+                if let (Some(rest), Some(bytes)) = (rest.get_mut(..count), bytes.get(..count)) {
+                    rest.copy_from_slice(bytes);
+                }
+                count
+            });
+            match result {
+                Ok(0) => break,
+                Ok(count) => received += count,
+                Err(_) if received > 0 => break,
+                Err(error) => return Err(error),
+            }
+            if received == data.len() {
+                break;
+            }
+        }
+        Ok(received)
+    }
+
+    /// Shows received bytes without taking them; otherwise as [`tcp_receive`](Self::tcp_receive) (`MSG_PEEK`).
+    ///
+    /// # Errors
+    /// As [`tcp_receive`](Self::tcp_receive).
+    pub fn tcp_peek(&mut self, id: SocketId, data: &mut [u8]) -> Result<usize, Error> {
+        if self.tcp_receive_with(id, |_| 0)? == 0 && self.tcp_queues(id).0 == 0 {
+            return Ok(0);
+        }
+        let connection = self.tcp_connection(id)?;
+        connection.ready.insert(Readiness::READABLE);
+        connection.socket().peek_slice(data).map_err(|_| Error::NotConnected)
+    }
+
+    /// Lets `read` have the received bytes in place (the first part, where the buffer wraps around) and say how many
+    /// it took. It is not called when there are none: 0 without a call is the end of the stream.
+    ///
+    /// # Errors
+    /// As [`tcp_receive`](Self::tcp_receive).
+    pub fn tcp_receive_with(&mut self, id: SocketId, read: impl FnOnce(&[u8]) -> usize) -> Result<usize, Error> {
+        let connection = self.tcp_connection(id)?;
+        if !connection.connected && !connection.finished {
+            return Err(Error::WouldBlock);
+        }
+        if connection.socket_ref().recv_queue() == 0 {
+            if let Some(error) = connection.error.take() {
+                connection.ready.remove(Readiness::ERROR);
+                return Err(error);
+            }
+            connection.ready.remove(Readiness::READABLE);
+            let ended = connection.read_closed || connection.read_shut || connection.finished;
+            return if ended { Ok(0) } else { Err(Error::WouldBlock) };
+        }
+        let socket = connection.socket();
+        let count = socket
+            .recv(|bytes| {
+                let count = read(bytes).min(bytes.len());
+                (count, count)
+            })
+            .unwrap_or(0);
+        let left = socket.recv_queue();
+        connection.told = left;
+        if left == 0 {
+            connection.ready.remove(Readiness::READABLE);
+        }
+        if count > 0 && !connection.finished {
+            self.tcp_mark(id);
+        }
+        Ok(count)
+    }
+
+    /// Shuts down one or both directions (`shutdown(2)`): what was sent before still arrives.
+    ///
+    /// # Errors
+    /// `NotConnected`.
+    pub fn tcp_shutdown(&mut self, id: SocketId, how: Shutdown) -> Result<(), Error> {
+        let connection = self.tcp_connection(id)?;
+        if !connection.connected {
+            return Err(Error::NotConnected);
+        }
+        if how != Shutdown::Write {
+            connection.read_shut = true;
+        }
+        if how != Shutdown::Read {
+            connection.socket().close();
+        }
+        self.tcp_mark(id);
+        Ok(())
+    }
+
+    /// Lets an intercepted connection be established.
+    ///
+    /// # Errors
+    /// `NoSuchSocket`; `Invalid` when the socket does not wait for that.
+    pub fn tcp_admit(&mut self, id: SocketId) -> Result<(), Error> {
+        let connection = self.tcp_connection(id)?;
+        if !connection.paused {
+            return Err(Error::Invalid);
+        }
+        connection.paused = false;
+        connection.socket().pause_synack(false);
+        self.tcp_mark(id);
+        Ok(())
+    }
+
+    /// Ends the connection at once; the other end gets a reset (`SO_LINGER` with 0). The socket must still be closed.
+    ///
+    /// # Errors
+    /// `NoSuchSocket`, `NotConnected`.
+    pub fn tcp_abort(&mut self, id: SocketId) -> Result<(), Error> {
+        let connection = self.tcp_connection(id)?;
+        if !connection.finished {
+            connection.aborted = true;
+            connection.socket().abort();
+            self.tcp_mark(id);
+        }
+        Ok(())
+    }
+
+    /// Closes a TCP socket (`close(2)`): its name is gone, what was sent still arrives. Received data that nobody
+    /// took makes it a reset (RFC 2525 section 2.17).
+    pub(crate) fn tcp_close(&mut self, id: SocketId) {
+        match self.sockets.get_mut(id) {
+            Some(Socket::TcpIdle(idle)) => {
+                if let Some(bound) = idle.bound {
+                    self.tcp.unbind(bound.port(), id);
+                }
+                self.sockets.remove(id);
+            }
+            Some(Socket::TcpListener(listener)) => {
+                let (port, queue) = (listener.bound.port(), core::mem::take(&mut listener.queue));
+                self.tcp.unbind(port, id);
+                self.sockets.remove(id);
+                for connection in queue {
+                    let _ = self.tcp_abort(connection);
+                    self.tcp_close(connection);
+                }
+            }
+            Some(Socket::TcpConnection(connection)) => {
+                if connection.finished {
+                    self.tcp.buffered -= 2 * connection.buffer;
+                    self.sockets.remove(id);
+                    return;
+                }
+                connection.orphan = true;
+                let unread = connection.socket_ref().recv_queue() > 0;
+                if unread || connection.paused {
+                    connection.aborted = true;
+                    connection.socket().abort();
+                } else {
+                    connection.socket().close();
+                }
+                self.tcp_mark(id);
+            }
+            _ => {}
+        }
+    }
+
+    /// Puts a connection on the list of those to be worked on.
+    fn tcp_mark(&mut self, id: SocketId) {
+        if let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id)
+            && !connection.pending
+        {
+            connection.pending = true;
+            self.tcp.pending.push(id);
+        }
+    }
+
+    fn tcp_new_connection(&mut self, tuple: Tuple, options: Options, own: bool) -> Box<Connection> {
+        let buffer = self.tcp.buffer_size();
+        self.tcp.buffered += 2 * buffer;
+        let space = || tcp::SocketBuffer::new(alloc::vec![0; buffer]);
+        let mut storage = Vec::with_capacity(1);
+        storage.push(SocketStorage::EMPTY);
+        let mut set = SocketSet::new(storage);
+        let handle = set.add(tcp::Socket::new(space(), space()));
+        Box::new(Connection {
+            set,
+            handle,
+            tuple,
+            options,
+            own,
+            state: TcpState::Closed,
+            armed: None,
+            pending: false,
+            fresh: false,
+            listener: None,
+            paused: false,
+            orphan: false,
+            aborted: false,
+            finished: false,
+            connected: false,
+            read_closed: false,
+            read_shut: false,
+            error: None,
+            ready: Readiness::empty(),
+            told: 0,
+            event_queued: false,
+            buffer,
+            timeout: None,
+            trace: Trace::default(),
+        })
+    }
+}
+
+/// What segments, time and the link do.
+impl Stack {
+    /// Takes a TCP segment.
+    pub(crate) fn tcp_receive_segment(&mut self, now: Moment, sink: &mut dyn FrameSink, packet: &IpPacket<'_>, own: bool) {
+        let Some((remote_port, local_port)) = ports(packet.payload) else { return };
+        let Some(&flags) = packet.payload.get(13) else { return };
+        if self.link.is_group(packet.destination) || packet.source.is_unspecified() {
+            return;
+        }
+        let tuple = Tuple {
+            local: SocketAddr::new(packet.destination, local_port),
+            remote: SocketAddr::new(packet.source, remote_port),
+        };
+        let asks = flags & (SYN | ACK | RST) == SYN;
+        match self.tcp.tuples.get(&tuple) {
+            Some(Entry::Connection(id)) => {
+                let id = *id;
+                self.tcp_hand_over(now, sink, Some(id), packet, &tuple, own);
+                return;
+            }
+            // A new connection may take the place of one that is only remembered (RFC 1122 section 4.2.2.13): nothing
+            // old can still be under way on a link that keeps the order.
+            Some(Entry::TimeWait { .. }) if asks => self.tcp.remove_tuple(&tuple),
+            Some(Entry::TimeWait { trace, .. }) => {
+                let data = usize::from(packet.payload.get(12).copied().unwrap_or(0) >> 4) * 4 < packet.payload.len();
+                if flags & RST == 0 && (flags & FIN != 0 || data) {
+                    let trace = *trace;
+                    self.tcp_send_acknowledgement(now, sink, &tuple, trace);
+                }
+                return;
+            }
+            None => {}
+        }
+        if asks {
+            if let Some(id) = self.tcp_find_listener(tuple.local) {
+                self.tcp_half_open(now, sink, id, tuple, packet, own);
+                return;
+            }
+            if self.tcp.configuration.intercept && !self.link.is_own(packet.destination) {
+                self.tcp_intercept(now, sink, tuple, packet);
+                return;
+            }
+        }
+        self.tcp_hand_over(now, sink, None, packet, &tuple, own);
+    }
+
+    /// The listener for an address: one bound to it before one bound to all.
+    fn tcp_find_listener(&self, local: SocketAddr) -> Option<SocketId> {
+        let mut found = None;
+        for id in self.tcp.bound.get(&local.port())? {
+            let Some(Socket::TcpListener(listener)) = self.sockets.get(*id) else { continue };
+            if listener.bound.ip() == local.ip() {
+                return Some(*id);
+            }
+            if overlap(local, true, listener.bound, listener.options.only_v6) && listener.bound.ip().is_unspecified() {
+                // One of the same family is closer than one that takes both.
+                if found.is_none() || listener.bound.is_ipv4() == local.is_ipv4() {
+                    found = Some(*id);
+                }
+            }
+        }
+        found
+    }
+
+    /// Makes a connection for a listener out of a SYN.
+    fn tcp_half_open(
+        &mut self,
+        now: Moment,
+        sink: &mut dyn FrameSink,
+        id: SocketId,
+        tuple: Tuple,
+        packet: &IpPacket<'_>,
+        own: bool,
+    ) {
+        let Some(Socket::TcpListener(listener)) = self.sockets.get(id) else { return };
+        // As Linux: what the listener does not take in time is not answered, and asks again.
+        if listener.queue.len() > listener.backlog || self.tcp.half_open >= self.tcp.configuration.half_open_maximum {
+            return;
+        }
+        let options = listener.options;
+        let mut connection = self.tcp_new_connection(tuple, options, own);
+        connection.listener = Some(id);
+        self.tcp_first_segment(now, sink, connection, packet);
+    }
+
+    /// Makes a connection that waits for the owner's word out of a SYN to a foreign address.
+    fn tcp_intercept(&mut self, now: Moment, sink: &mut dyn FrameSink, tuple: Tuple, packet: &IpPacket<'_>) {
+        if self.tcp.half_open >= self.tcp.configuration.half_open_maximum {
+            return;
+        }
+        let mut connection = self.tcp_new_connection(tuple, Options { no_delay: true, ..Options::default() }, false);
+        connection.paused = true;
+        connection.socket().pause_synack(true);
+        if let Some(id) = self.tcp_first_segment(now, sink, connection, packet) {
+            self.events.push(Event::Intercepted(id));
+        }
+    }
+
+    fn tcp_first_segment(
+        &mut self,
+        now: Moment,
+        sink: &mut dyn FrameSink,
+        mut connection: Box<Connection>,
+        packet: &IpPacket<'_>,
+    ) -> Option<SocketId> {
+        let tuple = connection.tuple;
+        let own = connection.own;
+        let endpoint = IpListenEndpoint { addr: Some(tuple.local.ip().into()), port: tuple.local.port() };
+        let buffer = connection.buffer;
+        if connection.socket().listen(endpoint).is_err() {
+            self.tcp.buffered -= 2 * buffer;
+            return None;
+        }
+        let id = self.sockets.insert(Socket::TcpConnection(connection));
+        self.tcp.half_open += 1;
+        self.tcp_hand_over(now, sink, Some(id), packet, &tuple, own);
+        self.tcp_apply_options(id);
+        if let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) {
+            if connection.socket().state() != TcpState::SynReceived {
+                // The segment was damaged.
+                self.tcp.half_open -= 1;
+                self.tcp.buffered -= 2 * buffer;
+                self.sockets.remove(id);
+                return None;
+            }
+            connection.state = TcpState::SynReceived;
+        }
+        self.tcp.add_tuple(tuple, Entry::Connection(id));
+        Some(id)
+    }
+
+    /// Lets smoltcp take a segment for one connection, or answer one for none.
+    fn tcp_hand_over(
+        &mut self,
+        now: Moment,
+        sink: &mut dyn FrameSink,
+        id: Option<SocketId>,
+        packet: &IpPacket<'_>,
+        tuple: &Tuple,
+        own: bool,
+    ) {
+        // smoltcp takes plain headers only.
+        let rebuilt;
+        let whole = if packet.extended || packet.fragment.is_some() {
+            let header = IpHeader {
+                source: packet.source,
+                destination: packet.destination,
+                protocol: TCP,
+                hop_limit: packet.hop_limit,
+            };
+            let mut bytes = alloc::vec![0; header.length()];
+            header.write(&mut bytes, packet.payload.len());
+            bytes.extend_from_slice(packet.payload);
+            rebuilt = bytes;
+            &rebuilt[..]
+        } else {
+            packet.whole
+        };
+        let mut nothing = Trace::default();
+        let mut connection = match id.and_then(|id| self.sockets.get_mut(id)) {
+            Some(Socket::TcpConnection(connection)) => Some(connection),
+            _ => None,
+        };
+        let trace = match &mut connection {
+            Some(connection) => &mut connection.trace,
+            None => &mut nothing,
+        };
+        let mut local_trace = *trace;
+        let mut port = Port {
+            now,
+            link: &mut self.link,
+            sink,
+            packet: Some(whole),
+            destination: tuple.remote.ip(),
+            own,
+            trace: &mut local_trace,
+        };
+        let interface = if own { &mut self.tcp.loopback } else { &mut self.tcp.link };
+        let set = match &mut connection {
+            Some(connection) => &mut connection.set,
+            None => &mut self.tcp.nobody,
+        };
+        interface.poll_ingress_single(instant(now), &mut port, set);
+        if let Some(connection) = connection {
+            connection.trace = local_trace;
+            connection.fresh = true;
+            if let Some(id) = id {
+                self.tcp_mark(id);
+            }
+        }
+    }
+
+    /// Answers for a connection that is only remembered.
+    fn tcp_send_acknowledgement(&mut self, now: Moment, sink: &mut dyn FrameSink, tuple: &Tuple, trace: Trace) {
+        let header = IpHeader {
+            source: tuple.local.ip(),
+            destination: tuple.remote.ip(),
+            protocol: TCP,
+            hop_limit: 64,
+        };
+        let mut segment = [0; TCP_HEADER];
+        segment[0..2].copy_from_slice(&tuple.local.port().to_be_bytes());
+        segment[2..4].copy_from_slice(&tuple.remote.port().to_be_bytes());
+        segment[4..8].copy_from_slice(&trace.next.to_be_bytes());
+        segment[8..12].copy_from_slice(&trace.acknowledgement.to_be_bytes());
+        segment[12] = 5 << 4;
+        segment[13] = ACK;
+        segment[14..16].copy_from_slice(&trace.window.to_be_bytes());
+        let sum = header.checksum(&segment);
+        segment[16..18].copy_from_slice(&sum.to_be_bytes());
+        self.link.send(now, sink, tuple.remote.ip(), header.length() + TCP_HEADER, |packet| {
+            header.write(packet, TCP_HEADER);
+            if let Some(body) = packet.get_mut(header.length()..) {
+                body.copy_from_slice(&segment);
+            }
+        });
+    }
+
+    /// Works on all connections that are due; true when there was one.
+    pub(crate) fn tcp_poll(&mut self, now: Moment, sink: &mut dyn FrameSink) -> bool {
+        while let Some((expires, tuple)) = self.tcp.time_wait.front().copied() {
+            if expires > now {
+                break;
+            }
+            self.tcp.time_wait.pop_front();
+            if matches!(self.tcp.tuples.get(&tuple), Some(Entry::TimeWait { expires: own, .. }) if *own == expires) {
+                self.tcp.remove_tuple(&tuple);
+            }
+        }
+        while let Some((deadline, id)) = self.tcp.timers.pop_due(now) {
+            if let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id)
+                && connection.armed == Some(deadline)
+            {
+                connection.armed = None;
+                self.tcp_mark(id);
+            }
+        }
+        if !self.tcp.blocked.is_empty() && sink.has_room() {
+            for id in core::mem::take(&mut self.tcp.blocked) {
+                self.tcp_mark(id);
+            }
+        }
+        let mut work = core::mem::take(&mut self.tcp.pending);
+        let any = !work.is_empty();
+        for id in work.drain(..) {
+            self.tcp_service(now, sink, id);
+        }
+        // Keep the larger list, so that it need not grow again.
+        if self.tcp.pending.is_empty() {
+            self.tcp.pending = work;
+        }
+        any
+    }
+
+    /// Sends what one connection has to send, and looks at what has become of it.
+    fn tcp_service(&mut self, now: Moment, sink: &mut dyn FrameSink, id: SocketId) {
+        let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else { return };
+        connection.pending = false;
+        if connection.finished {
+            return;
+        }
+        // What a segment did, before anything is sent: the end of the connection came from the other side.
+        let ended = matches!(connection.socket().state(), TcpState::Closed | TcpState::Listen);
+        if ended && !connection.aborted && connection.state != TcpState::Closed {
+            connection.error = match connection.state {
+                TcpState::LastAck | TcpState::Closing | TcpState::TimeWait => None,
+                TcpState::SynSent | TcpState::SynReceived => Some(Error::ConnectionRefused),
+                _ => Some(Error::ConnectionReset),
+            };
+        }
+        // A connection that its owner has closed takes no more data (as Linux: a reset says so).
+        if connection.orphan && connection.socket().recv_queue() > 0 && !connection.aborted && !ended {
+            connection.aborted = true;
+            connection.socket().abort();
+        }
+        let timeout = connection.wanted_timeout();
+        if timeout != connection.timeout {
+            connection.timeout = timeout;
+            connection.socket().set_timeout(timeout.map(Into::into));
+        }
+        // smoltcp would wipe a connection at the end of TIME-WAIT, with what its owner has not read.
+        let idle = connection.state == TcpState::TimeWait && !connection.fresh;
+        let interface = if connection.own { &mut self.tcp.loopback } else { &mut self.tcp.link };
+        let mut port = Port {
+            now,
+            link: &mut self.link,
+            sink,
+            packet: None,
+            destination: connection.tuple.remote.ip(),
+            own: connection.own,
+            trace: &mut connection.trace,
+        };
+        while !idle && interface.poll_egress(instant(now), &mut port, &mut connection.set) != PollResult::None {}
+        let room = self.link.has_room(sink, connection.own);
+        connection.fresh = false;
+
+        let state = connection.socket_ref().state();
+        let poll_at = interface.poll_at(instant(now), &connection.set).map(moment);
+        let sending = poll_at.is_some_and(|at| at <= now) && !idle;
+        let was = core::mem::replace(&mut connection.state, state);
+        if !connection.connected
+            && !matches!(state, TcpState::Closed | TcpState::Listen | TcpState::SynSent | TcpState::SynReceived)
+        {
+            connection.connected = true;
+        }
+        connection.read_closed |=
+            matches!(state, TcpState::CloseWait | TcpState::LastAck | TcpState::Closing | TcpState::TimeWait);
+
+        let over = matches!(state, TcpState::Closed | TcpState::Listen) && !(sending && !room);
+        if over && !ended && !connection.aborted && was != TcpState::Closed {
+            connection.error = Some(Error::TimedOut);
+        }
+        let half_open = was == TcpState::SynReceived && state != TcpState::SynReceived;
+        let listener = if connection.connected || over { connection.listener.take() } else { None };
+        let connected = connection.connected;
+        let trace = connection.trace;
+        let tuple = connection.tuple;
+        let orphan = connection.orphan;
+        let remembered = orphan && state == TcpState::TimeWait && !(sending && !room);
+        if half_open && (listener.is_some() || was == TcpState::SynReceived) {
+            self.tcp.half_open = self.tcp.half_open.saturating_sub(1);
+        }
+
+        if let Some(listener_id) = listener {
+            match self.sockets.get_mut(listener_id) {
+                Some(Socket::TcpListener(listener)) if connected => {
+                    listener.queue.push_back(id);
+                    tell(&mut self.events, &mut listener.event_queued, listener_id);
+                }
+                // Nobody knows of it yet, and nobody will.
+                _ => {
+                    if over {
+                        self.tcp_forget(id, &tuple);
+                    } else {
+                        let _ = self.tcp_abort(id);
+                        self.tcp_close(id);
+                    }
+                    return;
+                }
+            }
+        }
+        if remembered {
+            self.tcp_forget(id, &tuple);
+            let expires = now + self.tcp.configuration.time_wait;
+            self.tcp.add_tuple(tuple, Entry::TimeWait { trace, expires });
+            self.tcp.time_wait.push_back((expires, tuple));
+            return;
+        }
+        if over {
+            if orphan {
+                self.tcp_forget(id, &tuple);
+                return;
+            }
+            self.tcp.remove_tuple(&tuple);
+        }
+        let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else { return };
+        if over {
+            connection.finished = true;
+        } else if sending {
+            if room {
+                // smoltcp wants to send and does not: look again soon, but do not spin.
+                arm(&mut self.tcp.timers, connection, id, now + Duration::from_millis(1));
+            } else {
+                connection.pending = true;
+                self.tcp.blocked.push(id);
+                connection.pending = false;
+            }
+        } else if let Some(deadline) = poll_at.filter(|_| state != TcpState::TimeWait) {
+            arm(&mut self.tcp.timers, connection, id, deadline);
+        }
+        let ready = connection.readiness();
+        let queue = connection.socket_ref().recv_queue();
+        let more = !(ready - connection.ready).is_empty() || queue > connection.told;
+        connection.ready = ready;
+        connection.told = queue;
+        if more && !orphan && connection.listener.is_none() {
+            tell(&mut self.events, &mut connection.event_queued, id);
+        }
+    }
+
+    /// Drops a connection that nobody has a name for any more.
+    fn tcp_forget(&mut self, id: SocketId, tuple: &Tuple) {
+        self.tcp.remove_tuple(tuple);
+        if let Some(Socket::TcpConnection(connection)) = self.sockets.remove(id) {
+            self.tcp.buffered -= 2 * connection.buffer;
+        }
+    }
+
+    /// Tells the connection that a packet of it belongs to that it did not arrive.
+    pub(crate) fn tcp_undeliverable(&mut self, packet: &IpPacket<'_>, error: Error) {
+        let Some((local_port, remote_port)) = ports(packet.payload) else { return };
+        let tuple = Tuple {
+            local: SocketAddr::new(packet.source, local_port),
+            remote: SocketAddr::new(packet.destination, remote_port),
+        };
+        let Some(Entry::Connection(id)) = self.tcp.tuples.get(&tuple) else { return };
+        let id = *id;
+        let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else { return };
+        // An established connection lives through it (RFC 1122 section 4.2.3.9).
+        if connection.state != TcpState::SynSent {
+            return;
+        }
+        connection.error = Some(error);
+        connection.finished = true;
+        let orphan = connection.orphan;
+        if orphan {
+            self.tcp_forget(id, &tuple);
+            return;
+        }
+        connection.ready = connection.readiness();
+        tell(&mut self.events, &mut connection.event_queued, id);
+        self.tcp.remove_tuple(&tuple);
+    }
+
+    pub(crate) fn tcp_readiness(&self, id: SocketId) -> Readiness {
+        match self.sockets.get(id) {
+            Some(Socket::TcpConnection(connection)) => connection.readiness(),
+            Some(Socket::TcpListener(listener)) if !listener.queue.is_empty() => Readiness::READABLE,
+            Some(Socket::TcpIdle(_)) => Readiness::WRITE_CLOSED | Readiness::READ_CLOSED,
+            _ => Readiness::empty(),
+        }
+    }
+
+    pub(crate) fn tcp_take_error(&mut self, id: SocketId) -> Option<Error> {
+        let connection = self.tcp_connection(id).ok()?;
+        connection.ready.remove(Readiness::ERROR);
+        connection.error.take()
+    }
+}
+
+impl Connection {
+    fn wanted_timeout(&self) -> Option<Duration> {
+        let state = self.socket_ref().state();
+        match state {
+            TcpState::SynSent => Some(CONNECT_TIMEOUT),
+            TcpState::SynReceived if !self.paused => Some(HALF_OPEN_TIMEOUT),
+            _ if self.orphan && state != TcpState::TimeWait => Some(ORPHAN_TIMEOUT),
+            _ => {
+                let keep_alive = self.options.keep_alive.map(|keep| keep.idle + keep.interval * keep.count);
+                let sending = (self.socket_ref().send_queue() > 0).then_some(SEND_TIMEOUT);
+                keep_alive.into_iter().chain(sending).min()
+            }
+        }
+    }
+
+    /// The owner has taken the event.
+    pub(crate) fn event_taken(&mut self) {
+        self.event_queued = false;
+    }
+}
+
+impl Listener {
+    /// The owner has taken the event.
+    pub(crate) fn event_taken(&mut self) {
+        self.event_queued = false;
+    }
+}
+
+fn arm(timers: &mut Timers, connection: &mut Connection, id: SocketId, deadline: Moment) {
+    // One that comes too early is put back when it comes: cheaper than moving it with each segment.
+    if connection.armed.is_none_or(|armed| deadline < armed) {
+        connection.armed = Some(deadline);
+        timers.push(deadline, id);
+    }
+}
+
+// The sockets of all stacks are held here by value; their headers must fit the packets that smoltcp makes.
+const _: () = assert!(IPV4_HEADER + TCP_HEADER == 40 && IPV6_HEADER + TCP_HEADER == 60);
+
+/// For tests: how much TCP holds.
+#[cfg(test)]
+impl Stack {
+    pub(crate) fn tcp_held(&self) -> (usize, usize, usize, usize) {
+        (self.sockets.len(), self.tcp.tuples.len(), self.tcp.half_open, self.tcp.buffered)
+    }
+}
+
+/// The table of sockets, named here for its use above.
+pub(crate) type Sockets = Table<Socket>;
