@@ -201,6 +201,18 @@ pub fn parse(bytes: &[u8]) -> Result<Elf, String> {
     if elf.segments.is_empty() {
         return Err("has nothing to load".into());
     }
+    let table = u64::from(header.e_shnum(endian)) * u64::from(header.e_shentsize(endian));
+    if header
+        .e_shoff(endian)
+        .checked_add(table)
+        .is_none_or(|end| end > bytes.len() as u64)
+    {
+        // It might still run, but somebody has lost a part of it.
+        return Err(format!(
+            "is cut off: its section table lies beyond its {} bytes",
+            bytes.len()
+        ));
+    }
     elf.read_dynamic(bytes, dynamic)?;
     elf.read_symbols(bytes, header);
     Ok(elf)
@@ -367,8 +379,10 @@ mod tests {
             "is not an ELF file"
         );
         assert!(parse(&bytes[..10]).unwrap_err().contains("too short"));
-        let half = parse(&bytes[..bytes.len() / 4]).unwrap_err();
-        assert!(half.contains("is cut off"), "{half}");
+        for length in [bytes.len() / 100, bytes.len() / 4, bytes.len() - 1] {
+            let cut = parse(&bytes[..length]).unwrap_err();
+            assert!(cut.contains("is cut off"), "{cut}");
+        }
         bytes[18] = 183;
         assert!(parse(&bytes).unwrap_err().contains("built for AArch64"));
         bytes[4] = 1;

@@ -466,3 +466,235 @@ fn crc32c(bytes: &[u8]) -> u32 {
         })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, path::PathBuf, process::Command};
+
+    use super::*;
+
+    /// A file that is gone when the test ends.
+    struct Temporary(PathBuf);
+
+    impl Temporary {
+        fn new(name: &str) -> Self {
+            Self(std::env::temp_dir().join(format!("kiln-erofs-{name}-{}", std::process::id())))
+        }
+    }
+
+    impl Drop for Temporary {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn file(bytes: &[u8], time: Option<(i64, u32)>) -> Node {
+        let metadata = Metadata {
+            mode: 0o640,
+            uid: 33,
+            gid: 70_000,
+            time,
+        };
+        Node::File {
+            content: Content::Bytes(bytes.into()),
+            metadata,
+        }
+    }
+
+    fn image(tree: &Tree) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let length = write(tree, None, &mut bytes).unwrap();
+        assert_eq!(length, bytes.len() as u64);
+        assert_eq!(length % BLOCK, 0);
+        bytes
+    }
+
+    /// Sizes around every border, names that fill several blocks of a directory, links, empty things.
+    fn awkward_tree() -> Tree {
+        let mut tree = Tree::new();
+        for size in [
+            0, 1, 4031, 4032, 4033, 4064, 4065, 4095, 4096, 4097, 8192, 100_000,
+        ] {
+            let bytes: Vec<u8> = (0..size).map(|i| (i * 7 + size) as u8).collect();
+            let path = format!("/sizes/{size}");
+            tree.insert(path.as_bytes(), file(&bytes, Some((i64::from(size), 5))))
+                .unwrap();
+        }
+        for index in 0..1000 {
+            let path = format!("/many/{index:0width$}", width = 4 + index % 60);
+            tree.insert(path.as_bytes(), file(path.as_bytes(), None))
+                .unwrap();
+        }
+        tree.insert(b"/elf", file(b"\x7fELF and so on", None))
+            .unwrap();
+        tree.insert(
+            b"/link",
+            Node::Link {
+                target: b"sizes/4096".to_vec(),
+            },
+        )
+        .unwrap();
+        tree.insert(
+            b"/long",
+            Node::Link {
+                target: vec![b'x'; 4090],
+            },
+        )
+        .unwrap();
+        tree.directory(b"/empty/deep/er").unwrap();
+        tree.insert(
+            &[b"/".to_vec(), vec![b'n'; 255]].concat(),
+            file(b"longest name", None),
+        )
+        .unwrap();
+        tree
+    }
+
+    fn contents(tree: &Tree) -> BTreeMap<String, Vec<u8>> {
+        let mut all = BTreeMap::new();
+        tree.walk(&mut |path, node| {
+            if let Node::File { content, .. } = node {
+                let path = String::from_utf8_lossy(path).into_owned();
+                all.insert(path, content.read()?.to_vec());
+            }
+            Ok(())
+        })
+        .unwrap();
+        all
+    }
+
+    #[test]
+    fn an_independent_reader_finds_every_byte() {
+        let tree = awkward_tree();
+        let bytes = image(&tree);
+        let backend = erofs_rs::backend::SliceImage::new(&bytes);
+        let system = erofs_rs::EroFS::new(backend).unwrap();
+        let mut count = 0;
+        for (path, expected) in contents(&tree) {
+            let mut found = Vec::new();
+            system.open(&path).unwrap().read_to_end(&mut found).unwrap();
+            assert_eq!(found, expected, "{path}");
+            count += 1;
+        }
+        assert_eq!(count, 1014);
+        assert_eq!(system.read_dir("/many").unwrap().count(), 1000);
+    }
+
+    #[test]
+    fn fsck_and_extraction_agree() {
+        let tree = awkward_tree();
+        let target = Temporary::new("fsck");
+        std::fs::write(&target.0, image(&tree)).unwrap();
+        let directory = Temporary::new("extracted");
+        let output = match Command::new("fsck.erofs")
+            .arg(format!("--extract={}", directory.0.display()))
+            .arg(&target.0)
+            .output()
+        {
+            Ok(output) => output,
+            // erofs-utils is not on this machine; the independent reader has looked already.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
+            Err(error) => panic!("{error}"),
+        };
+        let said = String::from_utf8_lossy(&output.stderr).into_owned()
+            + &String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && !said.contains("rror"), "{said}");
+        for (path, expected) in contents(&tree) {
+            assert_eq!(
+                std::fs::read(directory.0.join(&path[1..])).unwrap(),
+                expected,
+                "{path}"
+            );
+        }
+        let link = std::fs::read_link(directory.0.join("link")).unwrap();
+        assert_eq!(link, PathBuf::from("sizes/4096"));
+    }
+
+    #[test]
+    fn linux_mounts_it() {
+        let tree = awkward_tree();
+        let target = Temporary::new("mount");
+        std::fs::write(&target.0, image(&tree)).unwrap();
+        let directory = Temporary::new("mounted");
+        std::fs::create_dir_all(&directory.0).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "erofs", "-o", "loop,ro"])
+            .args([&target.0, &directory.0])
+            .output();
+        // Only root may, and only where there is a loop device and the file system.
+        if !mounted.is_ok_and(|output| output.status.success()) {
+            return;
+        }
+        let found: BTreeMap<String, Vec<u8>> = contents(&tree)
+            .into_keys()
+            .map(|path| {
+                let bytes = std::fs::read(directory.0.join(&path[1..])).unwrap_or_default();
+                (path, bytes)
+            })
+            .collect();
+        use std::os::unix::fs::MetadataExt;
+        let metadata = std::fs::metadata(directory.0.join("sizes/4096"));
+        let names = std::fs::read_dir(directory.0.join("many")).map(|names| names.count());
+        let unmounted = Command::new("umount").arg(&directory.0).status().unwrap();
+        assert!(unmounted.success());
+        assert_eq!(found, contents(&tree));
+        let metadata = metadata.unwrap();
+        assert_eq!((metadata.mtime(), metadata.mtime_nsec()), (4096, 5));
+        assert_eq!(
+            (metadata.mode(), metadata.uid(), metadata.gid()),
+            (0o100_640, 33, 70_000)
+        );
+        assert_eq!(names.unwrap(), 1000);
+    }
+
+    #[test]
+    fn programs_lie_on_pages_and_small_files_behind_their_inodes() {
+        let mut tree = Tree::new();
+        tree.insert(b"/elf", file(b"\x7fELF tiny", None)).unwrap();
+        let bytes = image(&tree);
+        assert!(
+            bytes
+                .chunks(BLOCK as usize)
+                .any(|block| block.starts_with(b"\x7fELF tiny"))
+        );
+        let mut tree = Tree::new();
+        tree.insert(b"/text", file(b"tiny", None)).unwrap();
+        assert_eq!(image(&tree).len() as u64, BLOCK);
+    }
+
+    #[test]
+    fn the_same_tree_gives_the_same_bytes_and_times_are_clamped() {
+        assert_eq!(image(&awkward_tree()), image(&awkward_tree()));
+        let tree = |time| {
+            let mut tree = Tree::new();
+            tree.insert(b"/f", file(b"x", Some((time, 7)))).unwrap();
+            let mut bytes = Vec::new();
+            write(&tree, Some(1000), &mut bytes).unwrap();
+            bytes
+        };
+        assert_eq!(tree(2000), tree(3000));
+        assert_ne!(tree(2000), tree(500));
+    }
+
+    #[test]
+    fn a_file_that_changes_is_noticed() {
+        let host = Temporary::new("changed");
+        std::fs::write(&host.0, [b'x'; 5000]).unwrap();
+        let mut tree = Tree::new();
+        let node = |length| Node::File {
+            content: Content::Host {
+                path: host.0.clone(),
+                length,
+            },
+            metadata: Metadata::with_mode(0o644),
+        };
+        for length in [4999, 5001] {
+            tree.insert(b"/f", node(length)).unwrap();
+            let error = write(&tree, None, &mut Vec::new()).unwrap_err();
+            assert!(matches!(error, Error::Changed { .. }), "{error}");
+        }
+        tree.insert(b"/f", node(5000)).unwrap();
+        write(&tree, None, &mut Vec::new()).unwrap();
+    }
+}

@@ -790,3 +790,200 @@ fn parse_manifest(bytes: &[u8]) -> Result<Manifest, String> {
     }
     Ok(manifest)
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::tree::Tree;
+
+    /// A small ELF file with one segment at the shim's address.
+    pub(crate) fn shim(address: u64, note: Option<u64>) -> Vec<u8> {
+        let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
+        bytes.resize(16, 0);
+        word16(&mut bytes, elf::ET_EXEC.0);
+        word16(&mut bytes, elf::EM_X86_64.0);
+        word32(&mut bytes, 1);
+        for value in [address + 0x10, 64, 0] {
+            word64(&mut bytes, value);
+        }
+        word32(&mut bytes, 0);
+        for value in [64, 56, 1 + u16::from(note.is_some()), 64, 0, 0] {
+            word16(&mut bytes, value);
+        }
+        program_header(&mut bytes, elf::PT_LOAD.0, 7, 0x1000, address, 0x20, 0x3000);
+        if let Some(entry) = note {
+            program_header(&mut bytes, elf::PT_NOTE.0, 4, 64 + 112, 0, 24, 24);
+            for value in [4, 8, PVH_NOTE_TYPE] {
+                word32(&mut bytes, value);
+            }
+            bytes.extend_from_slice(b"Xen\0");
+            word64(&mut bytes, entry);
+        }
+        bytes.resize(0x1020, 0x90);
+        bytes
+    }
+
+    fn temporary(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("kiln-file-{name}-{}", std::process::id()))
+    }
+
+    fn manifest() -> Manifest {
+        Manifest {
+            format: FORMAT,
+            name: "test".into(),
+            program: "/bin/x".into(),
+            working_directory: "/".into(),
+            memory: 1 << 20,
+            ..Manifest::default()
+        }
+    }
+
+    fn write_image(path: &Path, shim: &[u8]) -> Result<()> {
+        let guest = Guest {
+            kernel: b"\x7fELF the kernel",
+            vm_shim: shim,
+        };
+        let file = File::create(path).unwrap();
+        write(file, path, &guest, &manifest(), &mut |output| {
+            crate::erofs::write(&Tree::new(), None, output).map(|_| ())
+        })
+    }
+
+    fn sample(name: &str) -> Vec<u8> {
+        let path = temporary(name);
+        write_image(&path, &shim(SHIM_PHYSICAL, None)).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        bytes
+    }
+
+    fn opened(name: &str, bytes: &[u8]) -> Result<Image> {
+        let path = temporary(name);
+        std::fs::write(&path, bytes).unwrap();
+        let image = Image::open(&path);
+        std::fs::remove_file(&path).unwrap();
+        image
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let bytes = sample("back");
+        let image = opened("back", &bytes).unwrap();
+        assert_eq!(image.manifest(), &manifest());
+        let at = image.kernel().offset as usize;
+        assert_eq!(&bytes[at..at + 15], b"\x7fELF the kernel");
+        assert_eq!(image.root().length, 4096);
+        assert_eq!(image.shim().length, 0x1020);
+        assert_eq!(image.length(), bytes.len() as u64);
+        assert_eq!(
+            image.digest().unwrap(),
+            digest_of(&mut bytes.as_slice()).unwrap()
+        );
+    }
+
+    #[test]
+    fn other_readers_see_the_same_layout() {
+        let bytes = sample("layout");
+        let header = FileHeader64::<LittleEndian>::parse(bytes.as_slice()).unwrap();
+        let endian = LittleEndian;
+        let segments = header.program_headers(endian, bytes.as_slice()).unwrap();
+        let mut end = 0;
+        for segment in segments.iter().filter(|s| s.p_type(endian) == elf::PT_LOAD) {
+            assert!(segment.p_paddr(endian) >= end, "in order and apart");
+            assert_eq!(segment.p_paddr(endian) % PAGE, 0);
+            assert_eq!(segment.p_offset(endian) % PAGE, 0);
+            end = segment.p_paddr(endian) + segment.p_memsz(endian);
+        }
+        let mut notes = segments[0]
+            .notes(endian, bytes.as_slice())
+            .unwrap()
+            .unwrap();
+        let note = notes.next().unwrap().unwrap();
+        assert_eq!(
+            (note.name(), note.n_type(endian).0),
+            (&b"Xen"[..], PVH_NOTE_TYPE)
+        );
+        assert_eq!(note.desc(), (SHIM_PHYSICAL + 0x10).to_le_bytes());
+        let sections = header.sections(endian, bytes.as_slice()).unwrap();
+        assert!(
+            sections
+                .section_by_name(endian, SECTION_ROOT.as_bytes())
+                .is_some()
+        );
+    }
+
+    #[test]
+    fn the_entry_comes_from_the_note_if_the_shim_has_one() {
+        let with_note = Shim::parse(&shim(SHIM_PHYSICAL, Some(SHIM_PHYSICAL + 0x18))).unwrap();
+        assert_eq!(with_note.entry, SHIM_PHYSICAL + 0x18);
+        assert_eq!(
+            Shim::parse(&shim(SHIM_PHYSICAL, None)).unwrap().entry,
+            SHIM_PHYSICAL + 0x10
+        );
+        assert!(Shim::parse(&shim(0x1000, None)).is_err());
+        assert!(Shim::parse(&shim(SHIM_PHYSICAL, Some(4))).is_err());
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let bytes = sample("cut");
+        for length in (0..bytes.len()).step_by(61).chain([bytes.len() - 1]) {
+            let error = opened("cut", &bytes[..length]).expect_err("cut off");
+            let text = error.to_string();
+            assert!(
+                text.contains("cut off") || text.contains("too short"),
+                "{length}: {text}"
+            );
+        }
+    }
+
+    #[test]
+    fn other_files_are_named_for_what_they_are() {
+        assert!(
+            opened("text", &[b'x'; 9000])
+                .unwrap_err()
+                .to_string()
+                .contains("no ELF file")
+        );
+        let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let error = opened("own", &own).unwrap_err().to_string();
+        assert!(error.contains("not an image"), "{error}");
+        assert!(!Image::is_image(&std::env::current_exe().unwrap()));
+        let error = Image::open("/nonexistent/image").unwrap_err();
+        assert_eq!(error.kind(), crate::Kind::Input);
+    }
+
+    #[test]
+    fn headers_that_contradict_each_other_are_refused() {
+        let good = sample("contradict");
+        // The kernel's length in the directory; its physical address; the root's magic; the shim's.
+        for at in [4096 + 16, 4096 + 8, 4096, 2 * 4096] {
+            let mut bytes = good.clone();
+            bytes[at] ^= 0x10;
+            assert!(opened("contradict", &bytes).is_err(), "{at}");
+        }
+    }
+
+    #[test]
+    fn damaged_images_never_panic() {
+        let good = sample("fuzz");
+        let mut state = 3u64;
+        let mut next = || {
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (state >> 33) as usize
+        };
+        let interesting: Vec<usize> = (0..600)
+            .chain(4096..4096 + 56)
+            .chain(good.len() - 7 * 64..good.len())
+            .collect();
+        for _ in 0..3000 {
+            let mut bytes = good.clone();
+            for _ in 0..3 {
+                bytes[interesting[next() % interesting.len()]] = next() as u8;
+            }
+            let _ = opened("fuzz", &bytes);
+        }
+    }
+}

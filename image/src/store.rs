@@ -320,3 +320,124 @@ fn remove_file(path: &Path) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{BuildOptions, Guest, NoProgress, file::tests::shim};
+
+    struct Temporary(PathBuf);
+
+    impl Temporary {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("kiln-store-{name}-{}", process::id()));
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Temporary {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn build(store: &Store, directory: &Path, name: &str) -> Result<Stored> {
+        let shim = shim(kiln_abi::image::SHIM_PHYSICAL, None);
+        let guest = Guest {
+            kernel: b"\x7fELF kernel",
+            vm_shim: &shim,
+        };
+        let mut options = BuildOptions::new(guest);
+        options.name = Some(name.into());
+        options.site_server = Some(std::env::current_exe().unwrap());
+        let source = Source::detect(directory)?;
+        store
+            .build(&source, &options, &mut NoProgress)
+            .map(|(stored, _)| stored)
+    }
+
+    fn site(temporary: &Temporary, text: &str) -> PathBuf {
+        let directory = temporary.0.join("blog");
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(directory.join("index.html"), text).unwrap();
+        directory
+    }
+
+    #[test]
+    fn images_are_found_by_name_digest_and_prefix() {
+        let temporary = Temporary::new("found");
+        let store = Store::open(temporary.0.join("images")).unwrap();
+        let stored = build(&store, &site(&temporary, "hello"), "blog").unwrap();
+        assert_eq!(
+            Image::open(&stored.path).unwrap().digest().unwrap(),
+            stored.digest
+        );
+        for reference in ["blog", &stored.digest, &stored.digest[..6]] {
+            assert_eq!(store.resolve(reference).unwrap(), stored);
+        }
+        assert_eq!(
+            store.resolve(&format!("sha256:{}", stored.digest)).unwrap(),
+            stored
+        );
+        assert!(matches!(store.resolve("other"), Err(Error::NoImage { .. })));
+        assert!(matches!(store.resolve("abc"), Err(Error::NoImage { .. })));
+        assert_eq!(store.list().unwrap(), [stored]);
+        assert_eq!(
+            fs::read_dir(temporary.0.join("images/incoming"))
+                .unwrap()
+                .count(),
+            0
+        );
+    }
+
+    #[test]
+    fn the_same_source_is_stored_once_and_names_move() {
+        let temporary = Temporary::new("once");
+        let store = Store::open(temporary.0.join("images")).unwrap();
+        let directory = site(&temporary, "one");
+        let first = build(&store, &directory, "blog").unwrap();
+        assert_eq!(
+            build(&store, &directory, "blog").unwrap().digest,
+            first.digest
+        );
+        assert_eq!(store.list().unwrap().len(), 1);
+        fs::write(directory.join("index.html"), "two").unwrap();
+        let second = build(&store, &directory, "blog").unwrap();
+        assert_ne!(second.digest, first.digest);
+        assert_eq!(store.resolve("blog").unwrap().digest, second.digest);
+        assert!(store.resolve(&first.digest).unwrap().names.is_empty());
+        store.tag(&first.digest, "blog:old").unwrap();
+        assert_eq!(
+            store.remove("blog:old").unwrap(),
+            Some(first.digest.clone())
+        );
+        assert!(store.resolve(&first.digest).is_err());
+    }
+
+    #[test]
+    fn an_image_goes_with_its_last_name() {
+        let temporary = Temporary::new("last");
+        let store = Store::open(temporary.0.join("images")).unwrap();
+        let image = build(&store, &site(&temporary, "x"), "a").unwrap();
+        let copy = temporary.0.join("copy.kiln");
+        fs::copy(&image.path, &copy).unwrap();
+        assert_eq!(store.add(&copy, Some("b")).unwrap().names, ["a", "b"]);
+        assert_eq!(store.remove("a").unwrap(), None);
+        assert_eq!(store.remove("b").unwrap(), Some(image.digest));
+        assert!(store.list().unwrap().is_empty());
+        assert!(
+            store
+                .add(&temporary.0.join("blog/index.html"), None)
+                .is_err()
+        );
+        assert!(store.add(&copy, Some("../x")).is_err());
+        assert_eq!(
+            fs::read_dir(temporary.0.join("images/incoming"))
+                .unwrap()
+                .count(),
+            0
+        );
+    }
+}
