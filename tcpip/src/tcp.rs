@@ -357,7 +357,11 @@ impl Trace {
         let word = |at: usize| u32::from_be_bytes([segment[at], segment[at + 1], segment[at + 2], segment[at + 3]]);
         let length = packet.len() - header - usize::from(segment[12] >> 4) * 4;
         let control = u32::from(segment[13] & SYN != 0) + u32::from(segment[13] & FIN != 0);
-        self.next = word(4).wrapping_add(u32::try_from(length).unwrap_or(0)).wrapping_add(control);
+        let next = word(4).wrapping_add(u32::try_from(length).unwrap_or(0)).wrapping_add(control);
+        // A retransmission lies behind what was sent before.
+        if segment[13] & SYN != 0 || next.wrapping_sub(self.next) < 1 << 31 {
+            self.next = next;
+        }
         self.acknowledgement = word(8);
         self.window = u16::from_be_bytes([segment[14], segment[15]]);
     }
@@ -824,7 +828,8 @@ impl Stack {
                 Err(_) if received > 0 => break,
                 Err(error) => return Err(error),
             }
-            if received == data.len() {
+            // What comes behind the data (an error, the end) is for the next call.
+            if received == data.len() || self.tcp_queues(id).0 == 0 {
                 break;
             }
         }
@@ -1032,7 +1037,9 @@ impl Stack {
         match self.tcp.tuples.get(&tuple) {
             Some(Entry::Connection(id)) => {
                 let id = *id;
-                self.tcp_hand_over(now, sink, Some(id), packet, &tuple, own);
+                if !self.tcp_is_void(id, packet) {
+                    self.tcp_hand_over(now, sink, Some(id), packet, &tuple, own);
+                }
                 return;
             }
             // A new connection may take the place of one that is only remembered (RFC 1122 section 4.2.2.13): nothing
@@ -1059,6 +1066,19 @@ impl Stack {
             }
         }
         self.tcp_hand_over(now, sink, None, packet, &tuple, own);
+    }
+
+    /// Whether a segment only repeats that all data but not the FIN arrived. smoltcp would count such segments, and at
+    /// the third replace the timer that repeats the FIN by a fast retransmission of data that there is none of.
+    fn tcp_is_void(&self, id: SocketId, packet: &IpPacket<'_>) -> bool {
+        let Some(Socket::TcpConnection(connection)) = self.sockets.get(id) else { return false };
+        let socket = connection.socket_ref();
+        let Some(header) = packet.payload.first_chunk::<TCP_HEADER>() else { return false };
+        matches!(socket.state(), TcpState::FinWait1 | TcpState::Closing | TcpState::LastAck)
+            && socket.send_queue() == 0
+            && header[13] & (SYN | RST | FIN) == 0
+            && usize::from(header[12] >> 4) * 4 == packet.payload.len()
+            && header[8..12] != connection.trace.next.to_be_bytes()
     }
 
     /// The listener for an address: one bound to it before one bound to all.

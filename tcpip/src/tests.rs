@@ -187,7 +187,17 @@ fn transfer(pair: &mut Pair, client: SocketId, server: SocketId, data: &[u8], li
         }
         ended
     });
-    assert!(ended, "the stream ends; {sent} sent, {} got", got.len());
+    assert!(
+        ended,
+        "the stream ends; {sent} sent, {} got; states {:?} {:?}; deadlines {:?} {:?} at {:?}; error {:?}",
+        got.len(),
+        pair.stacks[0].tcp_state(client),
+        pair.stacks[1].tcp_state(server),
+        pair.stacks[0].next_deadline(),
+        pair.stacks[1].next_deadline(),
+        pair.now,
+        pair.stacks[0].take_error(client),
+    );
     got
 }
 
@@ -212,7 +222,7 @@ fn data_goes_both_ways_over_both_families() {
         pair.exchange();
         assert_eq!(pair.stacks[0].tcp_receive(client, &mut buffer), Ok(0));
         pair.stacks[0].close(client);
-        pair.run(Duration::from_secs(30), |_| false);
+        pair.run(Duration::from_secs(300), |_| false);
         // Everything is gone, but the listener; TIME-WAIT is over.
         assert_eq!(pair.stacks[0].tcp_held(), (0, 0, 0, 0));
         assert_eq!(pair.stacks[1].tcp_held(), (1, 0, 0, 0));
