@@ -1070,3 +1070,344 @@ fn compare_names(mut a: &[u8], mut b: &[u8]) -> std::cmp::Ordering {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::Guest;
+
+    struct Temporary(PathBuf);
+
+    impl Temporary {
+        fn new(name: &str) -> Self {
+            let path =
+                std::env::temp_dir().join(format!("kiln-program-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn write(&self, path: &str, text: &str) -> PathBuf {
+            let path = self.0.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, text).unwrap();
+            path
+        }
+
+        /// Compiles C; `None` without a compiler.
+        fn compile(&self, output: &str, text: &str, arguments: &[&str]) -> Option<PathBuf> {
+            let source = self.write(&format!("{output}.c"), text);
+            let target = self.0.join(output);
+            let done = Command::new("cc")
+                .arg("-o")
+                .args([&target, &source])
+                .args(arguments)
+                .current_dir(&self.0)
+                .output()
+                .ok()?;
+            assert!(
+                done.status.success(),
+                "{}",
+                String::from_utf8_lossy(&done.stderr)
+            );
+            Some(target)
+        }
+    }
+
+    impl Drop for Temporary {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn options() -> BuildOptions<'static> {
+        BuildOptions::new(Guest {
+            kernel: b"",
+            vm_shim: b"",
+        })
+    }
+
+    fn packed(path: &Path) -> Packed {
+        pack(&Source::detect(path).unwrap(), &options(), "test".into()).unwrap()
+    }
+
+    /// Runs a program in the packed tree, with nothing else around it. `None`: not allowed here.
+    fn run(
+        temporary: &Temporary,
+        packed: &Packed,
+        program: &str,
+        arguments: &[&str],
+    ) -> Option<String> {
+        let root = temporary.0.join("root");
+        unpack(&packed.tree, &root);
+        let output = Command::new("chroot")
+            .arg(&root)
+            .arg(program)
+            .args(arguments)
+            .env_clear()
+            .output()
+            .ok()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
+        if said.contains("cannot change root directory") {
+            return None;
+        }
+        assert!(output.status.success(), "{program}: {said}");
+        Some(said)
+    }
+
+    fn unpack(tree: &Tree, root: &Path) {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let at =
+            |path: &[u8]| root.join(std::str::from_utf8(path).unwrap().trim_start_matches('/'));
+        fs::create_dir_all(root).unwrap();
+        tree.walk(&mut |path, node| {
+            match node {
+                Node::Directory(_) => fs::create_dir_all(at(path)).unwrap(),
+                Node::Link { target } => {
+                    symlink(std::str::from_utf8(target).unwrap(), at(path)).unwrap()
+                }
+                Node::File { content, metadata } => {
+                    fs::write(at(path), content.read()?).unwrap();
+                    let mode = fs::Permissions::from_mode(metadata.mode.into());
+                    fs::set_permissions(at(path), mode).unwrap();
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn redis_has_all_it_needs() {
+        let path = Path::new("/usr/bin/redis-server");
+        if !path.exists() {
+            return;
+        }
+        let temporary = Temporary::new("redis");
+        let packed = packed(path);
+        assert_eq!(packed.missing, []);
+        assert_eq!(packed.manifest.program, "/usr/bin/redis-server");
+        assert!(
+            packed
+                .tree
+                .get_following("/lib64/ld-linux-x86-64.so.2")
+                .is_some()
+        );
+        if let Some(said) = run(&temporary, &packed, "/usr/bin/redis-server", &["--version"]) {
+            assert!(said.contains("Redis server"), "{said}");
+        }
+    }
+
+    #[test]
+    fn nginx_has_its_configuration() {
+        let path = Path::new("/usr/sbin/nginx");
+        if !path.exists() {
+            return;
+        }
+        let temporary = Temporary::new("nginx");
+        let packed = packed(path);
+        assert_eq!(packed.missing, []);
+        unpack(&packed.tree, &temporary.0.join("root"));
+        let _ = fs::create_dir(temporary.0.join("root/dev"));
+        fs::write(temporary.0.join("root/dev/null"), "").unwrap();
+        let Some(said) = run_existing(&temporary, "/usr/sbin/nginx", &["-t"]) else {
+            return;
+        };
+        assert!(said.contains("test is successful"), "{said}");
+    }
+
+    fn run_existing(temporary: &Temporary, program: &str, arguments: &[&str]) -> Option<String> {
+        let root = temporary.0.join("root");
+        let output = Command::new("chroot")
+            .arg(&root)
+            .arg(program)
+            .args(arguments)
+            .env_clear()
+            .output()
+            .ok()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
+        (!said.contains("cannot change root directory")).then_some(said)
+    }
+
+    #[test]
+    fn libraries_are_found_by_origin_and_run_path() {
+        let temporary = Temporary::new("origin");
+        let library = "int answer(void) { return 42; }";
+        fs::create_dir_all(temporary.0.join("sub/lib")).unwrap();
+        fs::create_dir_all(temporary.0.join("sub/bin")).unwrap();
+        if temporary
+            .compile(
+                "sub/lib/libanswer.so",
+                library,
+                &["-shared", "-fPIC", "-Wl,-soname,libanswer.so"],
+            )
+            .is_none()
+        {
+            return;
+        }
+        let main = "#include <stdio.h>\nint answer(void);\nint main(void) { printf(\"%d\\n\", answer()); return 0; }";
+        let program = temporary
+            .compile(
+                "sub/bin/main",
+                main,
+                &["-Lsub/lib", "-lanswer", "-Wl,-rpath,$ORIGIN/../lib"],
+            )
+            .unwrap();
+        let packed = packed(&program);
+        assert_eq!(packed.missing, []);
+        assert_eq!(packed.manifest.program, "/app/main");
+        assert!(packed.tree.get_following("/lib/libanswer.so").is_some());
+        if let Some(said) = run(&temporary, &packed, "/app/main", &[]) {
+            assert_eq!(said, "42\n");
+        }
+
+        fs::remove_file(temporary.0.join("sub/lib/libanswer.so")).unwrap();
+        let again = super::tests::packed(&program);
+        let missing = again.missing.first().unwrap();
+        assert_eq!(missing.library, "libanswer.so");
+        assert!(missing.searched.iter().any(|directory| directory == "/lib"));
+    }
+
+    #[test]
+    fn a_static_program_comes_alone() {
+        let temporary = Temporary::new("static");
+        let main = "int main(void) { return 0; }";
+        let Some(program) = temporary.compile("alone", main, &["-static"]) else {
+            return;
+        };
+        let packed = packed(&program);
+        assert!(
+            packed.tree.get("/lib64").is_none() && packed.tree.get("/etc/ld.so.cache").is_none()
+        );
+        assert_eq!(packed.manifest.provenance.len(), 1);
+        run(&temporary, &packed, "/app/alone", &[]);
+    }
+
+    #[test]
+    fn a_project_says_it_all() {
+        let temporary = Temporary::new("project");
+        if temporary
+            .compile("server", "int main(void) { return 0; }", &[])
+            .is_none()
+        {
+            return;
+        }
+        temporary.write("conf/a.conf", "a");
+        temporary.write(
+            "kiln.toml",
+            "name = 'x'\nprogram = 'server'\nuser = 'www-data'\nworking-directory = '/work'\nvolumes = ['/data']\nports = [80]\ninclude = ['conf:/etc/app', 'conf']\n",
+        );
+        let packed = packed(&temporary.0);
+        assert_eq!(packed.manifest.user, User { uid: 33, gid: 33 });
+        assert_eq!(
+            packed.manifest.environment.get("PATH").unwrap(),
+            DEFAULT_PATH
+        );
+        for path in [
+            "/etc/app/a.conf",
+            "/app/conf/a.conf",
+            "/work",
+            "/data",
+            "/etc/passwd",
+        ] {
+            assert!(packed.tree.get(path).is_some(), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_site_leaves_out_what_is_not_of_it() {
+        let temporary = Temporary::new("site");
+        for path in [
+            "index.html",
+            ".git/config",
+            ".well-known/x",
+            "posts/a.html",
+            "kiln.toml",
+        ] {
+            temporary.write(
+                path,
+                if path == "kiln.toml" {
+                    "site = '.'"
+                } else {
+                    "x"
+                },
+            );
+        }
+        std::os::unix::fs::symlink("posts/a.html", temporary.0.join("inside")).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", temporary.0.join("outside")).unwrap();
+        let mut options = options();
+        options.site_server = Some(std::env::current_exe().unwrap());
+        let source = Source::detect(&temporary.0).unwrap();
+        let packed = pack(&source, &options, "x".into()).unwrap();
+        assert_eq!(packed.manifest.program, SITE_SERVER);
+        for path in [
+            "/site/index.html",
+            "/site/.well-known/x",
+            "/site/posts/a.html",
+        ] {
+            assert!(
+                matches!(packed.tree.get(path), Some(Node::File { .. })),
+                "{path}"
+            );
+        }
+        assert!(matches!(
+            packed.tree.get("/site/inside"),
+            Some(Node::Link { .. })
+        ));
+        if Path::new("/etc/hostname").exists() {
+            assert!(matches!(
+                packed.tree.get("/site/outside"),
+                Some(Node::File { .. })
+            ));
+        }
+        for path in ["/site/.git", "/site/kiln.toml"] {
+            assert!(packed.tree.get(path).is_none(), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_directory_with_neither_says_what_was_looked_for() {
+        let temporary = Temporary::new("neither");
+        let said = |path: &Path| {
+            let error = Source::detect(path).unwrap_err();
+            format!("{error} | {}", error.remedy().unwrap_or_default())
+        };
+        assert!(said(&temporary.0).contains("neither a kiln.toml nor an index.html"));
+        temporary.write("_config.yml", "");
+        temporary.write("index.html", "---\ntitle: x\n---\n");
+        assert!(said(&temporary.0).contains("sources of a site"));
+        temporary.write("_site/index.html", "<html>");
+        assert!(said(&temporary.0).contains("_site: give that"));
+        let script = temporary.write("script", "#!/bin/sh\n");
+        assert!(said(&script).contains("is a script"));
+        assert!(said(&temporary.0.join("gone")).contains("does not exist"));
+    }
+
+    #[test]
+    fn a_cache_is_read_as_it_was_written() {
+        let libraries: BTreeMap<String, Vec<u8>> = [
+            "libc.so.6",
+            "libz.so.1",
+            "libcrypto.so.3",
+            "libpcre2-8.so.0",
+            "libpcre2-16.so.0",
+        ]
+        .iter()
+        .map(|name| (name.to_string(), format!("/usr/lib/{name}").into_bytes()))
+        .collect();
+        let bytes = make_cache(&libraries);
+        let read = parse_cache(&bytes);
+        assert_eq!(read.len(), 5);
+        assert_eq!(read["libz.so.1"], "/usr/lib/libz.so.1");
+        for cut in 0..bytes.len() {
+            let _ = parse_cache(&bytes[..cut]);
+        }
+        assert!(compare_names(b"libx8.so", b"libx16.so").is_lt());
+        assert!(compare_names(b"liba.so", b"lib1.so").is_lt());
+        assert!(compare_names(b"lib.so.6", b"lib.so").is_gt());
+    }
+}
