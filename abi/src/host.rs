@@ -432,4 +432,7 @@ pub mod fault_flags {
     pub const WRITE: u64 = 2;
     /// The access was an instruction fetch.
     pub const EXECUTE: u64 = 16;
+    /// With [`TrapKind::Bus`](super::TrapKind::Bus): the memory limit is reached. The program was stopped at some
+    /// instruction, and the address is 0. Process only.
+    pub const EXHAUSTED: u64 = 1 << 32;
 }
