@@ -10,6 +10,8 @@
 #![deny(unsafe_code)]
 
 pub mod arguments;
+pub mod console;
+pub mod control;
 pub mod engine;
 mod error;
 pub mod link;
