@@ -70,7 +70,11 @@ impl FrameDecoder {
     /// A decoder that can hold `capacity` bytes, at least one frame of the largest size.
     #[must_use]
     pub fn new(capacity: usize) -> FrameDecoder {
-        FrameDecoder { buffer: alloc::vec![0; capacity.max(MAXIMUM_FRAME + PREFIX)], start: 0, end: 0 }
+        FrameDecoder {
+            buffer: alloc::vec![0; capacity.max(MAXIMUM_FRAME + PREFIX)],
+            start: 0,
+            end: 0,
+        }
     }
 
     /// Room for the next bytes of the stream; never empty after all frames were taken.
@@ -97,7 +101,9 @@ impl FrameDecoder {
     /// When the stream is not one of frames; it cannot be used any more then.
     pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, FrameError> {
         let data = self.buffer.get(self.start..self.end).unwrap_or_default();
-        let Some((prefix, rest)) = data.split_first_chunk::<PREFIX>() else { return Ok(None) };
+        let Some((prefix, rest)) = data.split_first_chunk::<PREFIX>() else {
+            return Ok(None);
+        };
         let length = u32::from_be_bytes(*prefix) as usize;
         if length > MAXIMUM_FRAME {
             return Err(FrameError { length });
@@ -125,7 +131,12 @@ impl FrameEncoder {
     /// An encoder that asks the stack to pause while more than `limit` bytes wait.
     #[must_use]
     pub fn new(limit: usize) -> FrameEncoder {
-        FrameEncoder { buffer: Vec::new(), start: 0, end: 0, limit }
+        FrameEncoder {
+            buffer: Vec::new(),
+            start: 0,
+            end: 0,
+            limit,
+        }
     }
 
     /// Bytes that wait to be written.
@@ -164,13 +175,19 @@ impl FrameSink for FrameEncoder {
         if self.buffer.len() < end {
             self.buffer.resize(end.next_power_of_two(), 0);
         }
-        let (prefix, frame) = self.buffer.get_mut(self.end..end)?.split_first_chunk_mut::<PREFIX>()?;
+        let (prefix, frame) = self
+            .buffer
+            .get_mut(self.end..end)?
+            .split_first_chunk_mut::<PREFIX>()?;
         *prefix = u32::try_from(length).ok()?.to_be_bytes();
         Some(frame)
     }
 
     fn commit(&mut self) {
-        let prefix = self.buffer.get(self.end..).and_then(|rest| rest.first_chunk::<PREFIX>());
+        let prefix = self
+            .buffer
+            .get(self.end..)
+            .and_then(|rest| rest.first_chunk::<PREFIX>());
         if let Some(prefix) = prefix {
             self.end += PREFIX + u32::from_be_bytes(*prefix) as usize;
         }
@@ -220,6 +237,12 @@ mod tests {
         let mut decoder = FrameDecoder::new(0);
         decoder.space()[..4].copy_from_slice(&[0x7f, 0, 0, 0]);
         decoder.filled(4);
-        assert!(decoder.next_frame().unwrap_err().to_string().contains("2130706432"));
+        assert!(
+            decoder
+                .next_frame()
+                .unwrap_err()
+                .to_string()
+                .contains("2130706432")
+        );
     }
 }

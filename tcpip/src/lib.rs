@@ -19,9 +19,13 @@
 extern crate alloc;
 
 mod configuration;
+mod datagram;
+mod dhcp;
+mod fragment;
 mod frame;
 mod link;
 mod packet;
+mod router;
 mod socket;
 mod stack;
 mod tcp;
@@ -31,8 +35,12 @@ mod timer;
 mod tests;
 
 pub use configuration::{Checksums, Configuration};
-pub use frame::{Frame, FrameDecoder, FrameEncoder, FrameError, FrameSink, FrameSource, MAXIMUM_FRAME};
+pub use datagram::{Datagram, DatagramKind};
+pub use frame::{
+    Frame, FrameDecoder, FrameEncoder, FrameError, FrameSink, FrameSource, MAXIMUM_FRAME,
+};
 pub use link::{Address, Route};
+pub use router::Advertisement;
 pub use socket::{Error, Event, Readiness, Shutdown, SocketId};
 pub use stack::Stack;
 pub use tcp::{KeepAlive, TcpState};

@@ -49,11 +49,15 @@ impl Address {
     pub fn contains(&self, other: IpAddr) -> bool {
         match (self.address, other) {
             (IpAddr::V4(own), IpAddr::V4(other)) => {
-                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix.min(32))).unwrap_or(0);
+                let mask = u32::MAX
+                    .checked_shl(32 - u32::from(self.prefix.min(32)))
+                    .unwrap_or(0);
                 (u32::from(own) ^ u32::from(other)) & mask == 0
             }
             (IpAddr::V6(own), IpAddr::V6(other)) => {
-                let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix.min(128))).unwrap_or(0);
+                let mask = u128::MAX
+                    .checked_shl(128 - u32::from(self.prefix.min(128)))
+                    .unwrap_or(0);
                 (u128::from(own) ^ u128::from(other)) & mask == 0
             }
             _ => false,
@@ -96,7 +100,7 @@ pub(crate) struct Link {
     pub(crate) mac: [u8; 6],
     pub(crate) mtu: usize,
     pub(crate) checksums: Checksums,
-    intercept: bool,
+    pub(crate) intercept: bool,
     addresses: Vec<Address>,
     routes: Vec<Route>,
     neighbours: HashMap<IpAddr, Neighbour>,
@@ -118,7 +122,10 @@ impl Link {
             mtu: configuration.mtu.clamp(1280, 65521),
             checksums: configuration.checksums,
             intercept: configuration.intercept,
-            addresses: alloc::vec![Address { address: IpAddr::V6(link_local(mac)), prefix: 64 }],
+            addresses: alloc::vec![Address {
+                address: IpAddr::V6(link_local(mac)),
+                prefix: 64
+            }],
             routes: Vec::new(),
             neighbours: HashMap::new(),
             unresolved: Vec::new(),
@@ -143,8 +150,14 @@ impl Link {
     }
 
     pub(crate) fn add_address(&mut self, address: Address) {
-        self.remove_address(address.address);
-        self.addresses.push(address);
+        match self
+            .addresses
+            .iter_mut()
+            .find(|own| own.address == address.address)
+        {
+            Some(own) => *own = address,
+            None => self.addresses.push(address),
+        }
     }
 
     pub(crate) fn remove_address(&mut self, address: IpAddr) {
@@ -158,7 +171,8 @@ impl Link {
     pub(crate) fn add_route(&mut self, route: Route) {
         self.remove_route(&route);
         self.routes.push(route);
-        self.routes.sort_by_key(|route| core::cmp::Reverse(route.network.prefix));
+        self.routes
+            .sort_by_key(|route| core::cmp::Reverse(route.network.prefix));
     }
 
     pub(crate) fn remove_route(&mut self, route: &Route) {
@@ -189,7 +203,11 @@ impl Link {
         address.is_multicast()
             || match address {
                 IpAddr::V4(address) => {
-                    address.is_broadcast() || self.addresses.iter().any(|own| own.broadcast() == Some(address))
+                    address.is_broadcast()
+                        || self
+                            .addresses
+                            .iter()
+                            .any(|own| own.broadcast() == Some(address))
                 }
                 IpAddr::V6(_) => false,
             }
@@ -215,10 +233,14 @@ impl Link {
 
     /// The neighbour that a packet to `destination` goes to; None without a route.
     pub(crate) fn route(&self, destination: IpAddr) -> Option<IpAddr> {
-        if self.addresses.iter().any(|own| own.contains(destination)) || self.is_group(destination) {
+        if self.addresses.iter().any(|own| own.contains(destination)) || self.is_group(destination)
+        {
             return Some(destination);
         }
-        let route = self.routes.iter().find(|route| route.network.contains(destination))?;
+        let route = self
+            .routes
+            .iter()
+            .find(|route| route.network.contains(destination))?;
         Some(route.gateway.unwrap_or(destination))
     }
 
@@ -229,7 +251,11 @@ impl Link {
 
     /// Whether a packet to the destination can be sent now.
     pub(crate) fn has_room(&self, sink: &dyn FrameSink, own: bool) -> bool {
-        if own { self.loopback_bytes < LOOPBACK_BYTES } else { sink.has_room() }
+        if own {
+            self.loopback_bytes < LOOPBACK_BYTES
+        } else {
+            sink.has_room()
+        }
     }
 
     /// Sends an IP packet of `length` bytes, which `fill` writes. It is lost when there is no route or no room.
@@ -250,8 +276,14 @@ impl Link {
             }
             return result;
         }
-        let Some(next_hop) = self.route(destination) else { return fill(&mut alloc::vec![0; length]) };
-        let mac = if self.is_group(destination) { Some(group_mac(destination)) } else { self.lookup(now, sink, next_hop) };
+        let Some(next_hop) = self.route(destination) else {
+            return fill(&mut alloc::vec![0; length]);
+        };
+        let mac = if self.is_group(destination) {
+            Some(group_mac(destination))
+        } else {
+            self.lookup(now, sink, next_hop)
+        };
         if let Some(mac) = mac {
             if let Some(frame) = sink.reserve(ETHERNET_HEADER + length)
                 && let Some((header, packet)) = frame.split_first_chunk_mut::<ETHERNET_HEADER>()
@@ -275,7 +307,12 @@ impl Link {
     }
 
     /// The neighbour's Ethernet address; asks when it is unknown or old.
-    fn lookup(&mut self, now: Moment, sink: &mut dyn FrameSink, address: IpAddr) -> Option<[u8; 6]> {
+    fn lookup(
+        &mut self,
+        now: Moment,
+        sink: &mut dyn FrameSink,
+        address: IpAddr,
+    ) -> Option<[u8; 6]> {
         if let Some(neighbour) = self.neighbours.get_mut(&address) {
             match neighbour.fresh_until {
                 None => return neighbour.mac,
@@ -298,7 +335,8 @@ impl Link {
             return mac;
         }
         if self.neighbours.len() >= NEIGHBOURS {
-            self.neighbours.retain(|_, neighbour| neighbour.fresh_until.is_none_or(|until| now < until));
+            self.neighbours
+                .retain(|_, neighbour| neighbour.fresh_until.is_none_or(|until| now < until));
             if self.neighbours.len() >= NEIGHBOURS {
                 return None;
             }
@@ -322,13 +360,24 @@ impl Link {
     fn ask(&mut self, sink: &mut dyn FrameSink, address: IpAddr) {
         match address {
             IpAddr::V4(target) => {
-                let Some(IpAddr::V4(source)) = self.source_for(address) else { return };
+                let Some(IpAddr::V4(source)) = self.source_for(address) else {
+                    return;
+                };
                 self.send_arp(sink, BROADCAST, 1, source, [0; 6], target);
             }
             IpAddr::V6(target) => {
-                let Some(IpAddr::V6(source)) = self.source_for(address) else { return };
+                let Some(IpAddr::V6(source)) = self.source_for(address) else {
+                    return;
+                };
                 let group = solicited_node(target);
-                self.send_neighbour_message(sink, group_mac(IpAddr::V6(group)), source, group, target, false);
+                self.send_neighbour_message(
+                    sink,
+                    group_mac(IpAddr::V6(group)),
+                    source,
+                    group,
+                    target,
+                    false,
+                );
             }
         }
     }
@@ -342,11 +391,20 @@ impl Link {
         target_mac: [u8; 6],
         target: Ipv4Addr,
     ) {
-        let Some(frame) = sink.reserve(ETHERNET_HEADER + 28) else { return };
-        let Some((header, body)) = frame.split_first_chunk_mut::<ETHERNET_HEADER>() else { return };
+        let Some(frame) = sink.reserve(ETHERNET_HEADER + 28) else {
+            return;
+        };
+        let Some((header, body)) = frame.split_first_chunk_mut::<ETHERNET_HEADER>() else {
+            return;
+        };
         *header = ethernet_header(to, self.mac, ETHERTYPE_ARP);
-        let parts: [&[u8]; 5] =
-            [&[0, 1, 8, 0, 6, 4, 0, operation], &self.mac, &source.octets(), &target_mac, &target.octets()];
+        let parts: [&[u8]; 5] = [
+            &[0, 1, 8, 0, 6, 4, 0, operation],
+            &self.mac,
+            &source.octets(),
+            &target_mac,
+            &target.octets(),
+        ];
         for (to, from) in body.iter_mut().zip(parts.into_iter().flatten()) {
             *to = *from;
         }
@@ -365,7 +423,11 @@ impl Link {
     ) {
         let mut message = [0; 32];
         // Solicited and override (RFC 4861 section 4.4); option 2 is the target's address, 1 the source's.
-        message[0] = if answer { NEIGHBOR_ADVERTISEMENT } else { NEIGHBOR_SOLICITATION };
+        message[0] = if answer {
+            NEIGHBOR_ADVERTISEMENT
+        } else {
+            NEIGHBOR_SOLICITATION
+        };
         message[4] = if answer { 0x60 } else { 0 };
         message[8..24].copy_from_slice(&target.octets());
         message[24] = if answer { 2 } else { 1 };
@@ -396,8 +458,12 @@ impl Link {
         if let Some(field) = message.get_mut(2..4) {
             field.copy_from_slice(&sum.to_be_bytes());
         }
-        let Some(frame) = sink.reserve(ETHERNET_HEADER + IPV6_HEADER + message.len()) else { return };
-        let Some((ethernet, packet)) = frame.split_first_chunk_mut::<ETHERNET_HEADER>() else { return };
+        let Some(frame) = sink.reserve(ETHERNET_HEADER + IPV6_HEADER + message.len()) else {
+            return;
+        };
+        let Some((ethernet, packet)) = frame.split_first_chunk_mut::<ETHERNET_HEADER>() else {
+            return;
+        };
         *ethernet = ethernet_header(to, self.mac, ETHERTYPE_IPV6);
         header.write(packet, message.len());
         if let Some(body) = packet.get_mut(IPV6_HEADER..) {
@@ -408,9 +474,17 @@ impl Link {
 
     /// Sends an IP packet to a given Ethernet address, without route or neighbour: for DHCP.
     pub(crate) fn send_to_mac(&self, sink: &mut dyn FrameSink, to: [u8; 6], packet: &[u8]) {
-        let ethertype = if packet.first().is_some_and(|first| first >> 4 == 6) { ETHERTYPE_IPV6 } else { ETHERTYPE_IPV4 };
-        let Some(frame) = sink.reserve(ETHERNET_HEADER + packet.len()) else { return };
-        let Some((header, body)) = frame.split_first_chunk_mut::<ETHERNET_HEADER>() else { return };
+        let ethertype = if packet.first().is_some_and(|first| first >> 4 == 6) {
+            ETHERTYPE_IPV6
+        } else {
+            ETHERTYPE_IPV4
+        };
+        let Some(frame) = sink.reserve(ETHERNET_HEADER + packet.len()) else {
+            return;
+        };
+        let Some((header, body)) = frame.split_first_chunk_mut::<ETHERNET_HEADER>() else {
+            return;
+        };
         *header = ethernet_header(to, self.mac, ethertype);
         body.copy_from_slice(packet);
         sink.commit();
@@ -444,7 +518,9 @@ impl Link {
                 // An own or a loopback address from outside is forged (RFC 1122 section 3.2.1.3).
                 let forged = packet.destination.is_loopback() || self.is_own(packet.source);
                 let sender = !packet.source.is_multicast() && !self.is_group(packet.source);
-                let for_us = self.intercept || self.is_own(packet.destination) || self.is_group(packet.destination);
+                let for_us = self.intercept
+                    || self.is_own(packet.destination)
+                    || self.is_group(packet.destination);
                 (family && !forged && sender && for_us).then_some((*from, packet))
             }
             _ => None,
@@ -459,15 +535,30 @@ impl Link {
     }
 
     fn receive_arp(&mut self, now: Moment, sink: &mut dyn FrameSink, body: &[u8]) {
-        let Some(body) = body.first_chunk::<28>() else { return };
+        let Some(body) = body.first_chunk::<28>() else {
+            return;
+        };
         // Ethernet and IPv4, with their lengths.
         if body[..6] != [0, 1, 8, 0, 6, 4] {
             return;
         }
-        let mac = |at: usize| [body[at], body[at + 1], body[at + 2], body[at + 3], body[at + 4], body[at + 5]];
+        let mac = |at: usize| {
+            [
+                body[at],
+                body[at + 1],
+                body[at + 2],
+                body[at + 3],
+                body[at + 4],
+                body[at + 5],
+            ]
+        };
         let address = |at: usize| Ipv4Addr::new(body[at], body[at + 1], body[at + 2], body[at + 3]);
         let (sender_mac, sender, target) = (mac(8), address(14), address(24));
-        if sender_mac[0] & 1 != 0 || sender.is_broadcast() || sender.is_multicast() || self.is_own(IpAddr::V4(sender)) {
+        if sender_mac[0] & 1 != 0
+            || sender.is_broadcast()
+            || sender.is_multicast()
+            || self.is_own(IpAddr::V4(sender))
+        {
             return;
         }
         let ours = self.is_own(IpAddr::V4(target));
@@ -487,19 +578,26 @@ impl Link {
         from: [u8; 6],
         packet: &IpPacket<'_>,
     ) -> bool {
-        let Some(message) = packet.payload.first_chunk::<24>() else { return false };
+        let Some(message) = packet.payload.first_chunk::<24>() else {
+            return false;
+        };
         let kind = message[0];
         if !matches!(kind, NEIGHBOR_SOLICITATION | NEIGHBOR_ADVERTISEMENT) {
             return false;
         }
-        let (IpAddr::V6(source), Ok(target)) = (packet.source, <[u8; 16]>::try_from(&message[8..24])) else {
+        let (IpAddr::V6(source), Ok(target)) =
+            (packet.source, <[u8; 16]>::try_from(&message[8..24]))
+        else {
             return true;
         };
         let target = Ipv6Addr::from(target);
         if packet.hop_limit != 255 || message[1] != 0 || target.is_multicast() {
             return true;
         }
-        let mac = link_layer_option(packet.payload.get(24..).unwrap_or_default(), kind == NEIGHBOR_ADVERTISEMENT);
+        let mac = link_layer_option(
+            packet.payload.get(24..).unwrap_or_default(),
+            kind == NEIGHBOR_ADVERTISEMENT,
+        );
         if kind == NEIGHBOR_ADVERTISEMENT {
             if let Some(mac) = mac.or(Some(from))
                 && !self.is_own(IpAddr::V6(target))
@@ -510,7 +608,14 @@ impl Link {
             if source.is_unspecified() {
                 // Somebody tests whether the address is free (RFC 4862 section 5.4): all nodes hear that it is not.
                 let all = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
-                self.send_neighbour_message(sink, group_mac(IpAddr::V6(all)), target, all, target, true);
+                self.send_neighbour_message(
+                    sink,
+                    group_mac(IpAddr::V6(all)),
+                    target,
+                    all,
+                    target,
+                    true,
+                );
             } else {
                 let mac = mac.unwrap_or(from);
                 self.learn(now, sink, packet.source, mac, true);
@@ -521,7 +626,14 @@ impl Link {
     }
 
     /// Remembers a neighbour's Ethernet address. One that nobody asked for is remembered only if it talks to us.
-    pub(crate) fn learn(&mut self, now: Moment, sink: &mut dyn FrameSink, address: IpAddr, mac: [u8; 6], add: bool) {
+    pub(crate) fn learn(
+        &mut self,
+        now: Moment,
+        sink: &mut dyn FrameSink,
+        address: IpAddr,
+        mac: [u8; 6],
+        add: bool,
+    ) {
         if mac[0] & 1 != 0 || (add && !self.addresses.iter().any(|own| own.contains(address))) {
             return;
         }
@@ -532,7 +644,9 @@ impl Link {
             }
             return;
         }
-        let Some(neighbour) = self.neighbours.get_mut(&address) else { return };
+        let Some(neighbour) = self.neighbours.get_mut(&address) else {
+            return;
+        };
         if neighbour.fresh_until.is_none() {
             return;
         }
@@ -573,7 +687,10 @@ impl Link {
         if !self.loopback.is_empty() || !self.undeliverable.is_empty() {
             return Some(Moment::ZERO);
         }
-        self.unresolved.iter().filter_map(|address| Some(self.neighbours.get(address)?.ask_again)).min()
+        self.unresolved
+            .iter()
+            .filter_map(|address| Some(self.neighbours.get(address)?.ask_again))
+            .min()
     }
 }
 
@@ -594,7 +711,19 @@ pub(crate) fn link_layer_option(mut options: &[u8], target: bool) -> Option<[u8;
 
 fn ethernet_header(to: [u8; 6], from: [u8; 6], ethertype: [u8; 2]) -> [u8; ETHERNET_HEADER] {
     [
-        to[0], to[1], to[2], to[3], to[4], to[5], from[0], from[1], from[2], from[3], from[4], from[5], ethertype[0],
+        to[0],
+        to[1],
+        to[2],
+        to[3],
+        to[4],
+        to[5],
+        from[0],
+        from[1],
+        from[2],
+        from[3],
+        from[4],
+        from[5],
+        ethertype[0],
         ethertype[1],
     ]
 }
@@ -623,7 +752,16 @@ pub(crate) fn group_mac(address: IpAddr) -> [u8; 6] {
 
 /// The interface identifier of an Ethernet address (RFC 4291 appendix A).
 pub(crate) fn interface_identifier(mac: [u8; 6]) -> [u8; 8] {
-    [mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]]
+    [
+        mac[0] ^ 2,
+        mac[1],
+        mac[2],
+        0xff,
+        0xfe,
+        mac[3],
+        mac[4],
+        mac[5],
+    ]
 }
 
 /// The link-local address of an Ethernet address (RFC 4862 section 5.3).
@@ -645,5 +783,7 @@ fn is_link_local(address: IpAddr) -> bool {
 /// The group in which the owner of an address listens for solicitations (RFC 4291 section 2.7.1).
 fn solicited_node(address: Ipv6Addr) -> Ipv6Addr {
     let bytes = address.octets();
-    Ipv6Addr::from([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff, bytes[13], bytes[14], bytes[15]])
+    Ipv6Addr::from([
+        0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff, bytes[13], bytes[14], bytes[15],
+    ])
 }

@@ -71,7 +71,9 @@ impl<'a> IpPacket<'a> {
         let flags = u16::from_be_bytes([header[6], header[7]]);
         let (offset, more) = (usize::from(flags & 0x1fff) * 8, flags & 0x2000 != 0);
         let address = |at: usize| {
-            Some(IpAddr::V4(Ipv4Addr::from(*header.get(at..)?.first_chunk::<4>()?)))
+            Some(IpAddr::V4(Ipv4Addr::from(
+                *header.get(at..)?.first_chunk::<4>()?,
+            )))
         };
         Some(IpPacket {
             source: address(12)?,
@@ -94,7 +96,9 @@ impl<'a> IpPacket<'a> {
         let length = usize::from(u16::from_be_bytes([header[4], header[5]]));
         let whole = bytes.get(..IPV6_HEADER + length)?;
         let address = |at: usize| {
-            Some(IpAddr::V6(Ipv6Addr::from(*header.get(at..)?.first_chunk::<16>()?)))
+            Some(IpAddr::V6(Ipv6Addr::from(
+                *header.get(at..)?.first_chunk::<16>()?,
+            )))
         };
         let mut packet = IpPacket {
             source: address(8)?,
@@ -123,7 +127,9 @@ impl<'a> IpPacket<'a> {
                     let (offset, more) = (usize::from(offset & !7), offset & 1 != 0);
                     if offset != 0 || more {
                         packet.fragment = Some(Fragment {
-                            identification: u32::from_be_bytes([header[4], header[5], header[6], header[7]]),
+                            identification: u32::from_be_bytes([
+                                header[4], header[5], header[6], header[7],
+                            ]),
                             offset,
                             more,
                         });
@@ -157,8 +163,12 @@ impl IpHeader {
     pub(crate) fn write(&self, packet: &mut [u8], payload: usize) {
         match (self.source, self.destination) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let Some(header) = packet.first_chunk_mut::<IPV4_HEADER>() else { return };
-                let total = u16::try_from(IPV4_HEADER + payload).unwrap_or(u16::MAX).to_be_bytes();
+                let Some(header) = packet.first_chunk_mut::<IPV4_HEADER>() else {
+                    return;
+                };
+                let total = u16::try_from(IPV4_HEADER + payload)
+                    .unwrap_or(u16::MAX)
+                    .to_be_bytes();
                 *header = [0; IPV4_HEADER];
                 header[0] = 0x45;
                 header[2..4].copy_from_slice(&total);
@@ -171,10 +181,13 @@ impl IpHeader {
                 header[10..12].copy_from_slice(&sum.to_be_bytes());
             }
             (IpAddr::V6(source), IpAddr::V6(destination)) => {
-                let Some(header) = packet.first_chunk_mut::<IPV6_HEADER>() else { return };
+                let Some(header) = packet.first_chunk_mut::<IPV6_HEADER>() else {
+                    return;
+                };
                 *header = [0; IPV6_HEADER];
                 header[0] = 0x60;
-                header[4..6].copy_from_slice(&u16::try_from(payload).unwrap_or(u16::MAX).to_be_bytes());
+                header[4..6]
+                    .copy_from_slice(&u16::try_from(payload).unwrap_or(u16::MAX).to_be_bytes());
                 header[6] = self.protocol;
                 header[7] = self.hop_limit;
                 header[8..24].copy_from_slice(&source.octets());
@@ -216,5 +229,8 @@ pub(crate) fn header_length(address: &IpAddr) -> usize {
 /// Source and destination port at the start of a UDP or TCP header.
 pub(crate) fn ports(payload: &[u8]) -> Option<(u16, u16)> {
     let ports: &[u8; 4] = payload.first_chunk()?;
-    Some((u16::from_be_bytes([ports[0], ports[1]]), u16::from_be_bytes([ports[2], ports[3]])))
+    Some((
+        u16::from_be_bytes([ports[0], ports[1]]),
+        u16::from_be_bytes([ports[2], ports[3]]),
+    ))
 }

@@ -46,6 +46,8 @@ pub enum Event {
     /// With [`crate::Configuration::intercept`]: a connection is asked for with an address that is not the stack's.
     /// It waits for [`crate::Stack::tcp_admit`] or [`crate::Stack::tcp_abort`].
     Intercepted(SocketId),
+    /// Addresses, routes or name servers have changed by DHCP or a router advertisement.
+    Configured,
 }
 
 /// Which directions of a connection are to be shut down.
@@ -131,7 +133,10 @@ struct Entry<T> {
 
 impl<T> Default for Table<T> {
     fn default() -> Self {
-        Table { entries: Vec::new(), free: Vec::new() }
+        Table {
+            entries: Vec::new(),
+            free: Vec::new(),
+        }
     }
 }
 
@@ -141,29 +146,50 @@ impl<T> Table<T> {
             && let Some(entry) = self.entries.get_mut(index as usize)
         {
             entry.value = Some(value);
-            return SocketId { index, generation: entry.generation };
+            return SocketId {
+                index,
+                generation: entry.generation,
+            };
         }
         let index = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
-        self.entries.push(Entry { generation: 0, value: Some(value) });
-        SocketId { index, generation: 0 }
+        self.entries.push(Entry {
+            generation: 0,
+            value: Some(value),
+        });
+        SocketId {
+            index,
+            generation: 0,
+        }
     }
 
     pub(crate) fn get(&self, id: SocketId) -> Option<&T> {
-        self.entries.get(id.index as usize).filter(|entry| entry.generation == id.generation)?.value.as_ref()
+        self.entries
+            .get(id.index as usize)
+            .filter(|entry| entry.generation == id.generation)?
+            .value
+            .as_ref()
     }
 
     pub(crate) fn get_mut(&mut self, id: SocketId) -> Option<&mut T> {
-        self.entries.get_mut(id.index as usize).filter(|entry| entry.generation == id.generation)?.value.as_mut()
+        self.entries
+            .get_mut(id.index as usize)
+            .filter(|entry| entry.generation == id.generation)?
+            .value
+            .as_mut()
     }
 
     pub(crate) fn remove(&mut self, id: SocketId) -> Option<T> {
-        let entry = self.entries.get_mut(id.index as usize).filter(|entry| entry.generation == id.generation)?;
+        let entry = self
+            .entries
+            .get_mut(id.index as usize)
+            .filter(|entry| entry.generation == id.generation)?;
         let value = entry.value.take()?;
         entry.generation = entry.generation.wrapping_add(1);
         self.free.push(id.index);
         Some(value)
     }
 
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.entries.len() - self.free.len()
     }

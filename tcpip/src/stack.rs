@@ -1,10 +1,15 @@
 //! The stack: one link, its sockets, and the calls that move time and frames.
 
 use alloc::boxed::Box;
+use alloc::vec::Vec;
 use core::net::IpAddr;
 
+use crate::datagram::{DatagramSocket, Datagrams};
+use crate::dhcp::DhcpClient;
+use crate::fragment::Fragments;
 use crate::link::Link;
-use crate::packet::{ICMPV6, IpPacket, TCP};
+use crate::packet::{ICMP, ICMPV6, IpPacket, TCP, UDP};
+use crate::router::{Advertiser, Solicitor};
 use crate::socket::{Error, Event, Events, Readiness, SocketId};
 use crate::tcp::{Connection, Idle, Listener, Sockets, Tcp};
 use crate::{Address, Configuration, FrameSink, FrameSource, Moment, Route};
@@ -14,6 +19,7 @@ pub(crate) enum Socket {
     TcpIdle(Idle),
     TcpListener(Box<Listener>),
     TcpConnection(Box<Connection>),
+    Datagram(Box<DatagramSocket>),
 }
 
 /// A TCP/IP stack with one Ethernet link and a loopback.
@@ -26,6 +32,13 @@ pub struct Stack {
     pub(crate) sockets: Sockets,
     pub(crate) events: Events,
     pub(crate) tcp: Tcp,
+    pub(crate) datagrams: Datagrams,
+    pub(crate) dhcp: Option<DhcpClient>,
+    pub(crate) solicitor: Option<Solicitor>,
+    pub(crate) advertiser: Option<Advertiser>,
+    fragments: Fragments,
+    /// The last poll ended for want of room: the owner polls when there is some.
+    sink_full: bool,
 }
 
 impl Stack {
@@ -34,7 +47,18 @@ impl Stack {
     pub fn new(configuration: &Configuration) -> Stack {
         let mut link = Link::new(configuration);
         let tcp = Tcp::new(configuration, &mut link);
-        Stack { link, sockets: Sockets::default(), events: Events::default(), tcp }
+        Stack {
+            link,
+            sockets: Sockets::default(),
+            events: Events::default(),
+            tcp,
+            datagrams: Datagrams::default(),
+            dhcp: None,
+            solicitor: None,
+            advertiser: None,
+            fragments: Fragments::default(),
+            sink_full: false,
+        }
     }
 
     /// Own Ethernet address.
@@ -81,13 +105,39 @@ impl Stack {
         self.link.remove_route(route);
     }
 
-    /// Adds a default route of the gateway's family.
-    pub fn add_gateway(&mut self, gateway: IpAddr) {
-        let any = match gateway {
-            IpAddr::V4(_) => IpAddr::from([0; 4]),
-            IpAddr::V6(_) => IpAddr::from([0; 16]),
-        };
-        self.link.add_route(Route { network: Address { address: any, prefix: 0 }, gateway: Some(gateway) });
+    /// Sets the default route of the gateway's family, in place of the one there was.
+    pub fn set_gateway(&mut self, gateway: IpAddr) {
+        let route = default_route(gateway);
+        if self.link.routes().contains(&route) {
+            return;
+        }
+        let others: Vec<Route> = self
+            .link
+            .routes()
+            .iter()
+            .filter(|other| other.network == route.network)
+            .copied()
+            .collect();
+        for other in others {
+            self.link.remove_route(&other);
+        }
+        self.link.add_route(route);
+    }
+
+    /// Removes the default route over a gateway.
+    pub fn remove_gateway(&mut self, gateway: IpAddr) {
+        self.link.remove_route(&default_route(gateway));
+    }
+
+    /// Name servers that DHCP and router advertisements named.
+    #[must_use]
+    pub fn name_servers(&self) -> Vec<IpAddr> {
+        let dhcp = self.dhcp.iter().flat_map(|client| client.name_servers());
+        let routers = self
+            .solicitor
+            .iter()
+            .flat_map(|solicitor| &solicitor.servers);
+        dhcp.chain(routers).copied().collect()
     }
 
     /// Names a neighbour's Ethernet address for good: it is never asked for.
@@ -103,7 +153,12 @@ impl Stack {
     }
 
     /// Takes all frames of a source, then polls.
-    pub fn receive_all(&mut self, now: Moment, source: &mut dyn FrameSource, sink: &mut dyn FrameSink) {
+    pub fn receive_all(
+        &mut self,
+        now: Moment,
+        source: &mut dyn FrameSource,
+        sink: &mut dyn FrameSink,
+    ) {
         while let Some(frame) = source.receive() {
             self.receive(now, sink, frame);
         }
@@ -119,13 +174,30 @@ impl Stack {
         packet: &IpPacket<'_>,
     ) {
         if packet.fragment.is_some() {
+            if let Some(payload) = self.fragments.receive(now, packet) {
+                let whole = IpPacket {
+                    payload: &payload,
+                    whole: &[],
+                    fragment: None,
+                    extended: true,
+                    ..*packet
+                };
+                self.receive_packet(now, sink, from, &whole);
+            }
             return;
         }
+        let own = from.is_none();
         match packet.protocol {
-            TCP => self.tcp_receive_segment(now, sink, packet, from.is_none()),
+            TCP => self.tcp_receive_segment(now, sink, packet, own),
+            UDP => self.datagram_receive_udp(packet, own),
+            ICMP => self.datagram_receive_icmp(packet, own),
             ICMPV6 => {
-                if let Some(from) = from {
-                    self.link.receive_neighbour_message(now, sink, from, packet);
+                let of_link = from.is_some_and(|from| {
+                    self.link.receive_neighbour_message(now, sink, from, packet)
+                        || self.router_receive(now, sink, from, packet)
+                });
+                if !of_link {
+                    self.datagram_receive_icmp(packet, own);
                 }
             }
             _ => {}
@@ -136,14 +208,13 @@ impl Stack {
     pub fn poll(&mut self, now: Moment, sink: &mut dyn FrameSink) {
         self.link.poll(now, sink);
         for bytes in core::mem::take(&mut self.link.undeliverable) {
-            if let Some(packet) = IpPacket::parse(&bytes, false)
-                && packet.protocol == TCP
-            {
-                self.tcp_undeliverable(&packet, Error::HostUnreachable);
-            }
+            self.report(&bytes, Error::HostUnreachable);
         }
+        self.dhcp_poll(now, sink);
+        self.router_poll(now, sink);
         loop {
             let mut any = self.tcp_poll(now, sink);
+            any |= self.datagram_poll(now, sink);
             while let Some(bytes) = self.link.receive_loopback() {
                 any = true;
                 if let Some(packet) = IpPacket::parse(&bytes, false) {
@@ -154,13 +225,24 @@ impl Stack {
                 break;
             }
         }
+        self.sink_full = !sink.has_room();
     }
 
     /// When [`poll`](Self::poll) is due next, if nothing comes before: a moment that has passed means at once, None
     /// means never.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Moment> {
-        [self.link.next_deadline(), self.tcp.next_deadline()].into_iter().flatten().min()
+        [
+            self.link.next_deadline(),
+            self.tcp.next_deadline(),
+            self.datagrams.next_deadline(self.sink_full),
+            self.dhcp.as_ref().and_then(DhcpClient::next_deadline),
+            self.solicitor.as_ref().and_then(Solicitor::next_deadline),
+            self.advertiser.as_ref().map(|advertiser| advertiser.next),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// The next thing that happened. Each socket stands in the queue at most once.
@@ -171,6 +253,7 @@ impl Stack {
                 Event::Ready(id) => match self.sockets.get_mut(id) {
                     Some(Socket::TcpConnection(connection)) => connection.event_taken(),
                     Some(Socket::TcpListener(listener)) => listener.event_taken(),
+                    Some(Socket::Datagram(socket)) => socket.event_taken(),
                     Some(Socket::TcpIdle(_)) => {}
                     None => continue,
                 },
@@ -179,6 +262,7 @@ impl Stack {
                         continue;
                     }
                 }
+                Event::Configured => {}
             }
             return Some(event);
         }
@@ -193,16 +277,35 @@ impl Stack {
     /// What can be done with a socket now.
     #[must_use]
     pub fn readiness(&self, id: SocketId) -> Readiness {
-        self.tcp_readiness(id)
+        match self.sockets.get(id) {
+            Some(Socket::Datagram(_)) => self.datagram_readiness(id),
+            _ => self.tcp_readiness(id),
+        }
     }
 
     /// Takes the socket's pending error (`SO_ERROR`).
     pub fn take_error(&mut self, id: SocketId) -> Option<Error> {
         self.tcp_take_error(id)
+            .or_else(|| self.datagram_take_error(id))
     }
 
     /// Closes a socket of any kind. Its name must not be used any more.
     pub fn close(&mut self, id: SocketId) {
         self.tcp_close(id);
+        self.datagram_close(id);
+    }
+}
+
+fn default_route(gateway: IpAddr) -> Route {
+    let any = match gateway {
+        IpAddr::V4(_) => IpAddr::from([0; 4]),
+        IpAddr::V6(_) => IpAddr::from([0; 16]),
+    };
+    Route {
+        network: Address {
+            address: any,
+            prefix: 0,
+        },
+        gateway: Some(gateway),
     }
 }

@@ -24,7 +24,9 @@ use smoltcp::time::Instant;
 use smoltcp::wire::{HardwareAddress, IpListenEndpoint};
 
 use crate::link::Link;
-use crate::packet::{IPV4_HEADER, IPV6_HEADER, IpHeader, IpPacket, TCP, TCP_HEADER, header_length, ports};
+use crate::packet::{
+    IPV4_HEADER, IPV6_HEADER, IpHeader, IpPacket, TCP, TCP_HEADER, header_length, ports,
+};
 use crate::socket::{Error, Event, Events, Readiness, Shutdown, SocketId, Table};
 use crate::stack::{Socket, Stack};
 use crate::timer::Timers;
@@ -147,9 +149,18 @@ impl Connection {
         let socket = self.socket_ref();
         let mut ready = Readiness::empty();
         ready.set(Readiness::READABLE, socket.recv_queue() > 0);
-        ready.set(Readiness::WRITABLE, socket.may_send() && has_send_space(socket));
-        ready.set(Readiness::READ_CLOSED, self.read_closed || self.read_shut || self.finished);
-        ready.set(Readiness::WRITE_CLOSED, self.finished || (self.connected && !socket.may_send()));
+        ready.set(
+            Readiness::WRITABLE,
+            socket.may_send() && has_send_space(socket),
+        );
+        ready.set(
+            Readiness::READ_CLOSED,
+            self.read_closed || self.read_shut || self.finished,
+        );
+        ready.set(
+            Readiness::WRITE_CLOSED,
+            self.finished || (self.connected && !socket.may_send()),
+        );
         ready.set(Readiness::CONNECTED, self.connected);
         ready.set(Readiness::ERROR, self.error.is_some());
         ready
@@ -211,11 +222,14 @@ impl Tcp {
             }
             capabilities
         };
-        let mut interface = |mtu, checksums, seed| {
+        let interface = |mtu, checksums, seed| {
             let mut config = Config::new(HardwareAddress::Ip);
             config.random_seed = seed;
-            let mut interface =
-                Interface::new(config, &mut Capabilities(capabilities(mtu, checksums)), Instant::from_micros(0));
+            let mut interface = Interface::new(
+                config,
+                &mut Capabilities(capabilities(mtu, checksums)),
+                Instant::from_micros(0),
+            );
             // The link has checked the destination, also for a gateway that takes all.
             interface.set_any_ip(true);
             interface
@@ -240,8 +254,15 @@ impl Tcp {
 
     /// The size of each buffer of the next connection: what is left for buffers, so shared that many more fit.
     fn buffer_size(&self) -> usize {
-        let share = self.configuration.buffer_budget.saturating_sub(self.buffered) / 32;
-        let (minimum, maximum) = (self.configuration.buffer_minimum.max(1024), self.configuration.buffer_maximum);
+        let share = self
+            .configuration
+            .buffer_budget
+            .saturating_sub(self.buffered)
+            / 32;
+        let (minimum, maximum) = (
+            self.configuration.buffer_minimum.max(1024),
+            self.configuration.buffer_maximum,
+        );
         (share.max(1).next_power_of_two() / 2).clamp(minimum, maximum.clamp(minimum, 1 << 30))
     }
 
@@ -276,7 +297,10 @@ impl Tcp {
             return Some(Moment::ZERO);
         }
         let time_wait = self.time_wait.front().map(|(expires, _)| *expires);
-        [self.timers.earliest(), time_wait].into_iter().flatten().min()
+        [self.timers.earliest(), time_wait]
+            .into_iter()
+            .flatten()
+            .min()
     }
 }
 
@@ -340,7 +364,13 @@ struct Sending<'a> {
 
 impl TxToken for Sending<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, write: F) -> R {
-        let Sending { now, link, sink, destination, trace } = self;
+        let Sending {
+            now,
+            link,
+            sink,
+            destination,
+            trace,
+        } = self;
         link.send(now, sink, destination, length, |packet| {
             let result = write(packet);
             trace.note(packet, header_length(&destination));
@@ -351,13 +381,25 @@ impl TxToken for Sending<'_> {
 
 impl Trace {
     fn note(&mut self, packet: &[u8], header: usize) {
-        let Some((segment, _)) = packet.get(header..).and_then(|rest| rest.split_first_chunk::<TCP_HEADER>()) else {
+        let Some((segment, _)) = packet
+            .get(header..)
+            .and_then(|rest| rest.split_first_chunk::<TCP_HEADER>())
+        else {
             return;
         };
-        let word = |at: usize| u32::from_be_bytes([segment[at], segment[at + 1], segment[at + 2], segment[at + 3]]);
+        let word = |at: usize| {
+            u32::from_be_bytes([
+                segment[at],
+                segment[at + 1],
+                segment[at + 2],
+                segment[at + 3],
+            ])
+        };
         let length = packet.len() - header - usize::from(segment[12] >> 4) * 4;
         let control = u32::from(segment[13] & SYN != 0) + u32::from(segment[13] & FIN != 0);
-        let next = word(4).wrapping_add(u32::try_from(length).unwrap_or(0)).wrapping_add(control);
+        let next = word(4)
+            .wrapping_add(u32::try_from(length).unwrap_or(0))
+            .wrapping_add(control);
         // A retransmission lies behind what was sent before.
         if segment[13] & SYN != 0 || next.wrapping_sub(self.next) < 1 << 31 {
             self.next = next;
@@ -383,7 +425,9 @@ impl Device for Port<'_> {
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Sending<'_>> {
-        self.link.has_room(self.sink, self.own).then(|| self.sending())
+        self.link
+            .has_room(self.sink, self.own)
+            .then(|| self.sending())
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -422,7 +466,7 @@ fn tell(events: &mut Events, queued: &mut bool, id: SocketId) {
 }
 
 /// Whether two sockets could both want a connection to one address and port.
-fn overlap(a: SocketAddr, a_only_v6: bool, b: SocketAddr, b_only_v6: bool) -> bool {
+pub(crate) fn overlap(a: SocketAddr, a_only_v6: bool, b: SocketAddr, b_only_v6: bool) -> bool {
     let (a_any, b_any) = (a.ip().is_unspecified(), b.ip().is_unspecified());
     match (a.is_ipv6(), b.is_ipv6()) {
         (true, true) | (false, false) => a_any || b_any || a.ip() == b.ip(),
@@ -461,7 +505,11 @@ impl Stack {
     ///
     /// # Errors
     /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
-    pub fn tcp_set_keep_alive(&mut self, id: SocketId, keep_alive: Option<KeepAlive>) -> Result<(), Error> {
+    pub fn tcp_set_keep_alive(
+        &mut self,
+        id: SocketId,
+        keep_alive: Option<KeepAlive>,
+    ) -> Result<(), Error> {
         self.tcp_options(id)?.keep_alive = keep_alive;
         self.tcp_apply_options(id);
         Ok(())
@@ -501,7 +549,9 @@ impl Stack {
             let socket = connection.socket();
             socket.set_nagle_enabled(!options.no_delay);
             socket.set_hop_limit(options.hop_limit);
-            let keep_alive = options.keep_alive.map(|keep_alive| keep_alive.idle.max(Duration::from_secs(1)).into());
+            let keep_alive = options
+                .keep_alive
+                .map(|keep_alive| keep_alive.idle.max(Duration::from_secs(1)).into());
             if socket.keep_alive() != keep_alive {
                 socket.set_keep_alive(keep_alive);
             }
@@ -524,7 +574,9 @@ impl Stack {
         }
         let mut address = address;
         if address.port() == 0 {
-            let port = self.tcp_free_port(|tcp, port| !tcp.bound.contains_key(&port) && !tcp.uses.contains_key(&port));
+            let port = self.tcp_free_port(|tcp, port| {
+                !tcp.bound.contains_key(&port) && !tcp.uses.contains_key(&port)
+            });
             address.set_port(port.ok_or(Error::AddressInUse)?);
         } else {
             self.tcp_check_bind(id, address, options)?;
@@ -538,10 +590,18 @@ impl Stack {
 
     /// Linux's rules: a bound address is free for another socket only if both allow reuse and none listens; one that
     /// only has connections, if the new one allows reuse.
-    fn tcp_check_bind(&self, id: SocketId, address: SocketAddr, options: Options) -> Result<(), Error> {
+    fn tcp_check_bind(
+        &self,
+        id: SocketId,
+        address: SocketAddr,
+        options: Options,
+    ) -> Result<(), Error> {
         for other in self.tcp.bound.get(&address.port()).into_iter().flatten() {
             let (bound, other_options, listens) = match self.sockets.get(*other) {
-                Some(Socket::TcpIdle(Idle { bound: Some(bound), options })) => (*bound, *options, false),
+                Some(Socket::TcpIdle(Idle {
+                    bound: Some(bound),
+                    options,
+                })) => (*bound, *options, false),
                 Some(Socket::TcpListener(listener)) => (listener.bound, listener.options, true),
                 _ => continue,
             };
@@ -562,7 +622,11 @@ impl Stack {
     fn tcp_free_port(&mut self, free: impl Fn(&Tcp, u16) -> bool) -> Option<u16> {
         for _ in EPHEMERAL {
             let port = self.tcp.next_port;
-            self.tcp.next_port = if port >= *EPHEMERAL.end() { *EPHEMERAL.start() } else { port + 1 };
+            self.tcp.next_port = if port >= *EPHEMERAL.end() {
+                *EPHEMERAL.start()
+            } else {
+                port + 1
+            };
             if free(&self.tcp, port) {
                 return Some(port);
             }
@@ -580,23 +644,40 @@ impl Stack {
             listener.backlog = backlog.max(1);
             return Ok(());
         }
-        let Some(Socket::TcpIdle(idle)) = self.sockets.get(id) else { return Err(Error::Invalid) };
+        let Some(Socket::TcpIdle(idle)) = self.sockets.get(id) else {
+            return Err(Error::Invalid);
+        };
         if idle.bound.is_none() {
             self.tcp_bind(id, SocketAddr::from(([0, 0, 0, 0], 0)))?;
         }
-        let Some(Socket::TcpIdle(Idle { bound: Some(bound), options })) = self.sockets.get(id) else {
+        let Some(Socket::TcpIdle(Idle {
+            bound: Some(bound),
+            options,
+        })) = self.sockets.get(id)
+        else {
             return Err(Error::Invalid);
         };
         let (bound, options) = (*bound, *options);
-        let taken = self.tcp.bound.get(&bound.port()).into_iter().flatten().any(|other| {
-            matches!(self.sockets.get(*other), Some(Socket::TcpListener(listener))
+        let taken = self
+            .tcp
+            .bound
+            .get(&bound.port())
+            .into_iter()
+            .flatten()
+            .any(|other| {
+                matches!(self.sockets.get(*other), Some(Socket::TcpListener(listener))
                 if overlap(bound, options.only_v6, listener.bound, listener.options.only_v6))
-        });
+            });
         if taken {
             return Err(Error::AddressInUse);
         }
-        let listener =
-            Listener { bound, options, backlog: backlog.max(1), queue: VecDeque::new(), event_queued: false };
+        let listener = Listener {
+            bound,
+            options,
+            backlog: backlog.max(1),
+            queue: VecDeque::new(),
+            event_queued: false,
+        };
         if let Some(socket) = self.sockets.get_mut(id) {
             *socket = Socket::TcpListener(Box::new(listener));
         }
@@ -608,7 +689,9 @@ impl Stack {
     /// # Errors
     /// `WouldBlock` when there is none; `Invalid` when the socket does not listen.
     pub fn tcp_accept(&mut self, id: SocketId) -> Result<SocketId, Error> {
-        let Some(Socket::TcpListener(listener)) = self.sockets.get_mut(id) else { return Err(Error::Invalid) };
+        let Some(Socket::TcpListener(listener)) = self.sockets.get_mut(id) else {
+            return Err(Error::Invalid);
+        };
         listener.queue.pop_front().ok_or(Error::WouldBlock)
     }
 
@@ -636,35 +719,56 @@ impl Stack {
         if !self.link.reaches(remote.ip()) {
             return Err(Error::NetworkUnreachable);
         }
-        let source = match bound.map(|bound| bound.ip()).filter(|address| !address.is_unspecified()) {
+        let source = match bound
+            .map(|bound| bound.ip())
+            .filter(|address| !address.is_unspecified())
+        {
             Some(address) if address.is_ipv4() == remote.is_ipv4() => address,
             Some(_) => return Err(Error::Invalid),
-            None => self.link.source_for(remote.ip()).ok_or(Error::NetworkUnreachable)?,
+            None => self
+                .link
+                .source_for(remote.ip())
+                .ok_or(Error::NetworkUnreachable)?,
         };
         let port = match bound {
             Some(bound) => bound.port(),
             None => {
-                let tuple = |port| Tuple { local: SocketAddr::new(source, port), remote };
+                let tuple = |port| Tuple {
+                    local: SocketAddr::new(source, port),
+                    remote,
+                };
                 let unused = |tcp: &Tcp, port| !tcp.bound.contains_key(&port);
                 // A port whose last connection to the same place is only remembered may be used again when no other
                 // is left (`tcp_tw_reuse`).
-                self.tcp_free_port(|tcp, port| unused(tcp, port) && !tcp.tuples.contains_key(&tuple(port)))
-                    .or_else(|| {
-                        self.tcp_free_port(|tcp, port| {
-                            unused(tcp, port) && matches!(tcp.tuples.get(&tuple(port)), Some(Entry::TimeWait { .. }))
-                        })
+                self.tcp_free_port(|tcp, port| {
+                    unused(tcp, port) && !tcp.tuples.contains_key(&tuple(port))
+                })
+                .or_else(|| {
+                    self.tcp_free_port(|tcp, port| {
+                        unused(tcp, port)
+                            && matches!(tcp.tuples.get(&tuple(port)), Some(Entry::TimeWait { .. }))
                     })
-                    .ok_or(Error::AddressNotAvailable)?
+                })
+                .ok_or(Error::AddressNotAvailable)?
             }
         };
-        let tuple = Tuple { local: SocketAddr::new(source, port), remote };
+        let tuple = Tuple {
+            local: SocketAddr::new(source, port),
+            remote,
+        };
         if matches!(self.tcp.tuples.get(&tuple), Some(Entry::Connection(_))) {
             return Err(Error::AddressNotAvailable);
         }
         let own = self.link.is_own(remote.ip());
         let mut connection = self.tcp_new_connection(tuple, options, own);
-        let interface = if own { &mut self.tcp.loopback } else { &mut self.tcp.link };
-        let result = connection.socket().connect(interface.context(), remote, tuple.local);
+        let interface = if own {
+            &mut self.tcp.loopback
+        } else {
+            &mut self.tcp.link
+        };
+        let result = connection
+            .socket()
+            .connect(interface.context(), remote, tuple.local);
         if result.is_err() {
             self.tcp.buffered -= 2 * connection.buffer;
             return Err(Error::NetworkUnreachable);
@@ -776,7 +880,11 @@ impl Stack {
     ///
     /// # Errors
     /// As [`tcp_send`](Self::tcp_send).
-    pub fn tcp_send_with(&mut self, id: SocketId, write: impl FnOnce(&mut [u8]) -> usize) -> Result<usize, Error> {
+    pub fn tcp_send_with(
+        &mut self,
+        id: SocketId,
+        write: impl FnOnce(&mut [u8]) -> usize,
+    ) -> Result<usize, Error> {
         let connection = self.tcp_connection(id)?;
         let connected = connection.connected;
         let socket = connection.socket();
@@ -785,7 +893,11 @@ impl Stack {
                 connection.ready.remove(Readiness::ERROR);
                 return Err(error);
             }
-            return Err(if connected || connection.finished { Error::BrokenPipe } else { Error::WouldBlock });
+            return Err(if connected || connection.finished {
+                Error::BrokenPipe
+            } else {
+                Error::WouldBlock
+            });
         }
         if !socket.can_send() {
             connection.ready.remove(Readiness::WRITABLE);
@@ -846,7 +958,10 @@ impl Stack {
         }
         let connection = self.tcp_connection(id)?;
         connection.ready.insert(Readiness::READABLE);
-        connection.socket().peek_slice(data).map_err(|_| Error::NotConnected)
+        connection
+            .socket()
+            .peek_slice(data)
+            .map_err(|_| Error::NotConnected)
     }
 
     /// Lets `read` have the received bytes in place (the first part, where the buffer wraps around) and say how many
@@ -854,7 +969,11 @@ impl Stack {
     ///
     /// # Errors
     /// As [`tcp_receive`](Self::tcp_receive).
-    pub fn tcp_receive_with(&mut self, id: SocketId, read: impl FnOnce(&[u8]) -> usize) -> Result<usize, Error> {
+    pub fn tcp_receive_with(
+        &mut self,
+        id: SocketId,
+        read: impl FnOnce(&[u8]) -> usize,
+    ) -> Result<usize, Error> {
         let connection = self.tcp_connection(id)?;
         if !connection.connected && !connection.finished {
             return Err(Error::WouldBlock);
@@ -917,6 +1036,32 @@ impl Stack {
         connection.paused = false;
         connection.socket().pause_synack(false);
         self.tcp_mark(id);
+        Ok(())
+    }
+
+    /// Refuses an intercepted connection and closes its socket: with a reset when the error is `ConnectionRefused`, by
+    /// ICMP otherwise (`HostUnreachable`, `NetworkUnreachable`, ...).
+    ///
+    /// # Errors
+    /// `NoSuchSocket`; `Invalid` when the socket does not wait for [`tcp_admit`](Self::tcp_admit).
+    pub fn tcp_refuse(&mut self, id: SocketId, error: Error) -> Result<(), Error> {
+        let connection = self.tcp_connection(id)?;
+        if !connection.paused {
+            return Err(Error::Invalid);
+        }
+        if error != Error::ConnectionRefused {
+            let Tuple { local, remote } = connection.tuple;
+            // The first eight bytes of the SYN: what RFC 792 asks for, and what hosts match it by.
+            let mut transport = [0; 8];
+            transport[0..2].copy_from_slice(&remote.port().to_be_bytes());
+            transport[2..4].copy_from_slice(&local.port().to_be_bytes());
+            transport[4..8].copy_from_slice(&connection.trace.acknowledgement.to_be_bytes());
+            self.tcp.half_open = self.tcp.half_open.saturating_sub(1);
+            self.tcp_forget(id, &Tuple { local, remote });
+            self.send_unreachable(TCP, remote.ip(), local.ip(), &transport, error);
+            return Ok(());
+        }
+        self.close(id);
         Ok(())
     }
 
@@ -1023,9 +1168,19 @@ impl Stack {
 /// What segments, time and the link do.
 impl Stack {
     /// Takes a TCP segment.
-    pub(crate) fn tcp_receive_segment(&mut self, now: Moment, sink: &mut dyn FrameSink, packet: &IpPacket<'_>, own: bool) {
-        let Some((remote_port, local_port)) = ports(packet.payload) else { return };
-        let Some(&flags) = packet.payload.get(13) else { return };
+    pub(crate) fn tcp_receive_segment(
+        &mut self,
+        now: Moment,
+        sink: &mut dyn FrameSink,
+        packet: &IpPacket<'_>,
+        own: bool,
+    ) {
+        let Some((remote_port, local_port)) = ports(packet.payload) else {
+            return;
+        };
+        let Some(&flags) = packet.payload.get(13) else {
+            return;
+        };
         if self.link.is_group(packet.destination) || packet.source.is_unspecified() {
             return;
         }
@@ -1046,7 +1201,8 @@ impl Stack {
             // old can still be under way on a link that keeps the order.
             Some(Entry::TimeWait { .. }) if asks => self.tcp.remove_tuple(&tuple),
             Some(Entry::TimeWait { trace, .. }) => {
-                let data = usize::from(packet.payload.get(12).copied().unwrap_or(0) >> 4) * 4 < packet.payload.len();
+                let data = usize::from(packet.payload.get(12).copied().unwrap_or(0) >> 4) * 4
+                    < packet.payload.len();
                 if flags & RST == 0 && (flags & FIN != 0 || data) {
                     let trace = *trace;
                     self.tcp_send_acknowledgement(now, sink, &tuple, trace);
@@ -1071,11 +1227,17 @@ impl Stack {
     /// Whether a segment only repeats that all data but not the FIN arrived. smoltcp would count such segments, and at
     /// the third replace the timer that repeats the FIN by a fast retransmission of data that there is none of.
     fn tcp_is_void(&self, id: SocketId, packet: &IpPacket<'_>) -> bool {
-        let Some(Socket::TcpConnection(connection)) = self.sockets.get(id) else { return false };
+        let Some(Socket::TcpConnection(connection)) = self.sockets.get(id) else {
+            return false;
+        };
         let socket = connection.socket_ref();
-        let Some(header) = packet.payload.first_chunk::<TCP_HEADER>() else { return false };
-        matches!(socket.state(), TcpState::FinWait1 | TcpState::Closing | TcpState::LastAck)
-            && socket.send_queue() == 0
+        let Some(header) = packet.payload.first_chunk::<TCP_HEADER>() else {
+            return false;
+        };
+        matches!(
+            socket.state(),
+            TcpState::FinWait1 | TcpState::Closing | TcpState::LastAck
+        ) && socket.send_queue() == 0
             && header[13] & (SYN | RST | FIN) == 0
             && usize::from(header[12] >> 4) * 4 == packet.payload.len()
             && header[8..12] != connection.trace.next.to_be_bytes()
@@ -1085,11 +1247,15 @@ impl Stack {
     fn tcp_find_listener(&self, local: SocketAddr) -> Option<SocketId> {
         let mut found = None;
         for id in self.tcp.bound.get(&local.port())? {
-            let Some(Socket::TcpListener(listener)) = self.sockets.get(*id) else { continue };
+            let Some(Socket::TcpListener(listener)) = self.sockets.get(*id) else {
+                continue;
+            };
             if listener.bound.ip() == local.ip() {
                 return Some(*id);
             }
-            if overlap(local, true, listener.bound, listener.options.only_v6) && listener.bound.ip().is_unspecified() {
+            if overlap(local, true, listener.bound, listener.options.only_v6)
+                && listener.bound.ip().is_unspecified()
+            {
                 // One of the same family is closer than one that takes both.
                 if found.is_none() || listener.bound.is_ipv4() == local.is_ipv4() {
                     found = Some(*id);
@@ -1109,9 +1275,13 @@ impl Stack {
         packet: &IpPacket<'_>,
         own: bool,
     ) {
-        let Some(Socket::TcpListener(listener)) = self.sockets.get(id) else { return };
+        let Some(Socket::TcpListener(listener)) = self.sockets.get(id) else {
+            return;
+        };
         // As Linux: what the listener does not take in time is not answered, and asks again.
-        if listener.queue.len() > listener.backlog || self.tcp.half_open >= self.tcp.configuration.half_open_maximum {
+        if listener.queue.len() > listener.backlog
+            || self.tcp.half_open >= self.tcp.configuration.half_open_maximum
+        {
             return;
         }
         let options = listener.options;
@@ -1121,13 +1291,34 @@ impl Stack {
     }
 
     /// Makes a connection that waits for the owner's word out of a SYN to a foreign address.
-    fn tcp_intercept(&mut self, now: Moment, sink: &mut dyn FrameSink, tuple: Tuple, packet: &IpPacket<'_>) {
+    fn tcp_intercept(
+        &mut self,
+        now: Moment,
+        sink: &mut dyn FrameSink,
+        tuple: Tuple,
+        packet: &IpPacket<'_>,
+    ) {
         if self.tcp.half_open >= self.tcp.configuration.half_open_maximum {
             return;
         }
-        let mut connection = self.tcp_new_connection(tuple, Options { no_delay: true, ..Options::default() }, false);
+        let mut connection = self.tcp_new_connection(
+            tuple,
+            Options {
+                no_delay: true,
+                ..Options::default()
+            },
+            false,
+        );
         connection.paused = true;
         connection.socket().pause_synack(true);
+        if let Some(sequence) = packet
+            .payload
+            .get(4..8)
+            .and_then(|bytes| bytes.try_into().ok())
+        {
+            // Nothing is sent before the owner's word, which may be to refuse.
+            connection.trace.acknowledgement = u32::from_be_bytes(sequence);
+        }
         if let Some(id) = self.tcp_first_segment(now, sink, connection, packet) {
             self.events.push(Event::Intercepted(id));
         }
@@ -1142,7 +1333,10 @@ impl Stack {
     ) -> Option<SocketId> {
         let tuple = connection.tuple;
         let own = connection.own;
-        let endpoint = IpListenEndpoint { addr: Some(tuple.local.ip().into()), port: tuple.local.port() };
+        let endpoint = IpListenEndpoint {
+            addr: Some(tuple.local.ip().into()),
+            port: tuple.local.port(),
+        };
         let buffer = connection.buffer;
         if connection.socket().listen(endpoint).is_err() {
             self.tcp.buffered -= 2 * buffer;
@@ -1212,7 +1406,11 @@ impl Stack {
             own,
             trace: &mut local_trace,
         };
-        let interface = if own { &mut self.tcp.loopback } else { &mut self.tcp.link };
+        let interface = if own {
+            &mut self.tcp.loopback
+        } else {
+            &mut self.tcp.link
+        };
         let set = match &mut connection {
             Some(connection) => &mut connection.set,
             None => &mut self.tcp.nobody,
@@ -1228,7 +1426,13 @@ impl Stack {
     }
 
     /// Answers for a connection that is only remembered.
-    fn tcp_send_acknowledgement(&mut self, now: Moment, sink: &mut dyn FrameSink, tuple: &Tuple, trace: Trace) {
+    fn tcp_send_acknowledgement(
+        &mut self,
+        now: Moment,
+        sink: &mut dyn FrameSink,
+        tuple: &Tuple,
+        trace: Trace,
+    ) {
         let header = IpHeader {
             source: tuple.local.ip(),
             destination: tuple.remote.ip(),
@@ -1245,12 +1449,18 @@ impl Stack {
         segment[14..16].copy_from_slice(&trace.window.to_be_bytes());
         let sum = header.checksum(&segment);
         segment[16..18].copy_from_slice(&sum.to_be_bytes());
-        self.link.send(now, sink, tuple.remote.ip(), header.length() + TCP_HEADER, |packet| {
-            header.write(packet, TCP_HEADER);
-            if let Some(body) = packet.get_mut(header.length()..) {
-                body.copy_from_slice(&segment);
-            }
-        });
+        self.link.send(
+            now,
+            sink,
+            tuple.remote.ip(),
+            header.length() + TCP_HEADER,
+            |packet| {
+                header.write(packet, TCP_HEADER);
+                if let Some(body) = packet.get_mut(header.length()..) {
+                    body.copy_from_slice(&segment);
+                }
+            },
+        );
     }
 
     /// Works on all connections that are due; true when there was one.
@@ -1260,7 +1470,8 @@ impl Stack {
                 break;
             }
             self.tcp.time_wait.pop_front();
-            if matches!(self.tcp.tuples.get(&tuple), Some(Entry::TimeWait { expires: own, .. }) if *own == expires) {
+            if matches!(self.tcp.tuples.get(&tuple), Some(Entry::TimeWait { expires: own, .. }) if *own == expires)
+            {
                 self.tcp.remove_tuple(&tuple);
             }
         }
@@ -1291,13 +1502,18 @@ impl Stack {
 
     /// Sends what one connection has to send, and looks at what has become of it.
     fn tcp_service(&mut self, now: Moment, sink: &mut dyn FrameSink, id: SocketId) {
-        let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else { return };
+        let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else {
+            return;
+        };
         connection.pending = false;
         if connection.finished {
             return;
         }
         // What a segment did, before anything is sent: the end of the connection came from the other side.
-        let ended = matches!(connection.socket().state(), TcpState::Closed | TcpState::Listen);
+        let ended = matches!(
+            connection.socket().state(),
+            TcpState::Closed | TcpState::Listen
+        );
         if ended && !connection.aborted && connection.state != TcpState::Closed {
             connection.error = match connection.state {
                 TcpState::LastAck | TcpState::Closing | TcpState::TimeWait => None,
@@ -1306,7 +1522,11 @@ impl Stack {
             };
         }
         // A connection that its owner has closed takes no more data (as Linux: a reset says so).
-        if connection.orphan && connection.socket().recv_queue() > 0 && !connection.aborted && !ended {
+        if connection.orphan
+            && connection.socket().recv_queue() > 0
+            && !connection.aborted
+            && !ended
+        {
             connection.aborted = true;
             connection.socket().abort();
         }
@@ -1317,7 +1537,11 @@ impl Stack {
         }
         // smoltcp would wipe a connection at the end of TIME-WAIT, with what its owner has not read.
         let idle = connection.state == TcpState::TimeWait && !connection.fresh;
-        let interface = if connection.own { &mut self.tcp.loopback } else { &mut self.tcp.link };
+        let interface = if connection.own {
+            &mut self.tcp.loopback
+        } else {
+            &mut self.tcp.link
+        };
         let mut port = Port {
             now,
             link: &mut self.link,
@@ -1327,7 +1551,10 @@ impl Stack {
             own: connection.own,
             trace: &mut connection.trace,
         };
-        while !idle && interface.poll_egress(instant(now), &mut port, &mut connection.set) != PollResult::None {}
+        while !idle
+            && interface.poll_egress(instant(now), &mut port, &mut connection.set)
+                != PollResult::None
+        {}
         let room = self.link.has_room(sink, connection.own);
         connection.fresh = false;
 
@@ -1336,19 +1563,28 @@ impl Stack {
         let sending = poll_at.is_some_and(|at| at <= now) && !idle;
         let was = core::mem::replace(&mut connection.state, state);
         if !connection.connected
-            && !matches!(state, TcpState::Closed | TcpState::Listen | TcpState::SynSent | TcpState::SynReceived)
+            && !matches!(
+                state,
+                TcpState::Closed | TcpState::Listen | TcpState::SynSent | TcpState::SynReceived
+            )
         {
             connection.connected = true;
         }
-        connection.read_closed |=
-            matches!(state, TcpState::CloseWait | TcpState::LastAck | TcpState::Closing | TcpState::TimeWait);
+        connection.read_closed |= matches!(
+            state,
+            TcpState::CloseWait | TcpState::LastAck | TcpState::Closing | TcpState::TimeWait
+        );
 
         let over = matches!(state, TcpState::Closed | TcpState::Listen) && !(sending && !room);
         if over && !ended && !connection.aborted && was != TcpState::Closed {
             connection.error = Some(Error::TimedOut);
         }
         let half_open = was == TcpState::SynReceived && state != TcpState::SynReceived;
-        let listener = if connection.connected || over { connection.listener.take() } else { None };
+        let listener = if connection.connected || over {
+            connection.listener.take()
+        } else {
+            None
+        };
         let connected = connection.connected;
         let trace = connection.trace;
         let tuple = connection.tuple;
@@ -1379,7 +1615,8 @@ impl Stack {
         if remembered {
             self.tcp_forget(id, &tuple);
             let expires = now + self.tcp.configuration.time_wait;
-            self.tcp.add_tuple(tuple, Entry::TimeWait { trace, expires });
+            self.tcp
+                .add_tuple(tuple, Entry::TimeWait { trace, expires });
             self.tcp.time_wait.push_back((expires, tuple));
             return;
         }
@@ -1390,13 +1627,20 @@ impl Stack {
             }
             self.tcp.remove_tuple(&tuple);
         }
-        let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else { return };
+        let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else {
+            return;
+        };
         if over {
             connection.finished = true;
         } else if sending {
             if room {
                 // smoltcp wants to send and does not: look again soon, but do not spin.
-                arm(&mut self.tcp.timers, connection, id, now + Duration::from_millis(1));
+                arm(
+                    &mut self.tcp.timers,
+                    connection,
+                    id,
+                    now + Duration::from_millis(1),
+                );
             } else {
                 connection.pending = true;
                 self.tcp.blocked.push(id);
@@ -1425,16 +1669,22 @@ impl Stack {
 
     /// Tells the connection that a packet of it belongs to that it did not arrive.
     pub(crate) fn tcp_undeliverable(&mut self, packet: &IpPacket<'_>, error: Error) {
-        let Some((local_port, remote_port)) = ports(packet.payload) else { return };
+        let Some((local_port, remote_port)) = ports(packet.payload) else {
+            return;
+        };
         let tuple = Tuple {
             local: SocketAddr::new(packet.source, local_port),
             remote: SocketAddr::new(packet.destination, remote_port),
         };
-        let Some(Entry::Connection(id)) = self.tcp.tuples.get(&tuple) else { return };
+        let Some(Entry::Connection(id)) = self.tcp.tuples.get(&tuple) else {
+            return;
+        };
         let id = *id;
-        let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else { return };
+        let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else {
+            return;
+        };
         // An established connection lives through it (RFC 1122 section 4.2.3.9).
-        if connection.state != TcpState::SynSent {
+        if connection.state != TcpState::SynSent || error == Error::MessageTooLong {
             return;
         }
         connection.error = Some(error);
@@ -1452,7 +1702,9 @@ impl Stack {
     pub(crate) fn tcp_readiness(&self, id: SocketId) -> Readiness {
         match self.sockets.get(id) {
             Some(Socket::TcpConnection(connection)) => connection.readiness(),
-            Some(Socket::TcpListener(listener)) if !listener.queue.is_empty() => Readiness::READABLE,
+            Some(Socket::TcpListener(listener)) if !listener.queue.is_empty() => {
+                Readiness::READABLE
+            }
             Some(Socket::TcpIdle(_)) => Readiness::WRITE_CLOSED | Readiness::READ_CLOSED,
             _ => Readiness::empty(),
         }
@@ -1473,7 +1725,10 @@ impl Connection {
             TcpState::SynReceived if !self.paused => Some(HALF_OPEN_TIMEOUT),
             _ if self.orphan && state != TcpState::TimeWait => Some(ORPHAN_TIMEOUT),
             _ => {
-                let keep_alive = self.options.keep_alive.map(|keep| keep.idle + keep.interval * keep.count);
+                let keep_alive = self
+                    .options
+                    .keep_alive
+                    .map(|keep| keep.idle + keep.interval * keep.count);
                 let sending = (self.socket_ref().send_queue() > 0).then_some(SEND_TIMEOUT);
                 keep_alive.into_iter().chain(sending).min()
             }
@@ -1508,7 +1763,12 @@ const _: () = assert!(IPV4_HEADER + TCP_HEADER == 40 && IPV6_HEADER + TCP_HEADER
 #[cfg(test)]
 impl Stack {
     pub(crate) fn tcp_held(&self) -> (usize, usize, usize, usize) {
-        (self.sockets.len(), self.tcp.tuples.len(), self.tcp.half_open, self.tcp.buffered)
+        (
+            self.sockets.len(),
+            self.tcp.tuples.len(),
+            self.tcp.half_open,
+            self.tcp.buffered,
+        )
     }
 }
 
