@@ -87,6 +87,8 @@ pub struct Elf {
     pub text_relocations: bool,
     /// Asks for an executable stack.
     pub executable_stack: bool,
+    /// Address of the table that leads to unwind information (`PT_GNU_EH_FRAME`).
+    pub unwind_header: Option<u64>,
 }
 
 /// Reads an ELF file.
@@ -152,6 +154,7 @@ pub fn parse(bytes: &[u8]) -> Result<Elf, String> {
         functions: Vec::new(),
         text_relocations: false,
         executable_stack: false,
+        unwind_header: None,
     };
     let mut dynamic: &[elf::Dyn64<LittleEndian>] = &[];
     let headers = header.program_headers(endian, bytes).map_err(wrong)?;
@@ -192,6 +195,7 @@ pub fn parse(bytes: &[u8]) -> Result<Elf, String> {
                     .map_err(wrong)?
                     .unwrap_or_default();
             }
+            elf::PT_GNU_EH_FRAME => elf.unwind_header = Some(segment.p_vaddr(endian)),
             elf::PT_GNU_STACK => {
                 elf.executable_stack = segment.p_flags(endian).0 & elf::PF_X.0 != 0;
             }

@@ -10,7 +10,10 @@
 //! * [`erofs`]: the tree as a file system;
 //! * [`file`](mod@file): the image file: writing, opening, checking;
 //! * [`builder`]: source in, image file out;
-//! * [`store`]: images by digest and name.
+//! * [`store`]: images by digest and name;
+//! * [`code`]: the instructions of programs: where they make which system calls;
+//! * [`check`](mod@check): what will not work, before it is started;
+//! * [`rewrite`](mod@rewrite): system call instructions turned into jumps.
 //!
 //! It runs nothing and talks to no network. Everything read from outside is checked; no input makes it panic.
 //! The same input gives the same bytes.
@@ -18,6 +21,8 @@
 #![forbid(unsafe_code)]
 
 pub mod builder;
+pub mod check;
+pub mod code;
 
 pub mod elf;
 pub mod erofs;
@@ -25,12 +30,14 @@ pub mod error;
 pub mod file;
 pub mod program;
 pub mod project;
+pub mod rewrite;
 
 pub mod source;
 pub mod store;
 pub mod tree;
 
 pub use builder::{BuildOptions, Built, Guest, NoProgress, Progress, build};
+pub use check::{Finding, Severity, Support, check};
 pub use error::{Error, Kind, Result};
 pub use file::Image;
 pub use project::Include;
