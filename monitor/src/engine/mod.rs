@@ -7,6 +7,8 @@
 //! What always holds: an engine that returns an error from [`Engine::start`] has left nothing running and nothing
 //! in the file system, and a dropped [`Running`] has been killed and reaped.
 
+pub mod process;
+
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -97,6 +99,15 @@ pub trait Running {
     /// # Errors
     /// Those of `kill(2)`.
     fn kill(&mut self) -> std::io::Result<()>;
+
+    /// Has the kernel look at the link soon, though the program computes without a pause: call it after sending what
+    /// must not wait ([`kiln_abi::link::ToKernel::Signal`]). A virtual machine needs no such thing.
+    ///
+    /// # Errors
+    /// Those of `kill(2)`.
+    fn interrupt(&self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// How a unikernel ended, as the engine saw it. The kernel's own word
