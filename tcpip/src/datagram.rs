@@ -577,11 +577,9 @@ impl Stack {
         };
         let header = header_of(packet);
         let unsummed = lengths[2..4] == [0, 0];
-        if !own
-            && self.link.checksums == Checksums::Software
-            && !(unsummed && packet.source.is_ipv4())
-            && !header.verify(message)
-        {
+        let summed = !own && self.link.checksums == Checksums::Software;
+        let optional = unsummed && packet.source.is_ipv4();
+        if summed && !optional && !header.verify(message) {
             return;
         }
         let source = SocketAddr::new(packet.source, source_port);
@@ -913,7 +911,7 @@ fn send_packet(
                 if v4 {
                     header.write(packet, part.len());
                     if let Some(header) = packet.get_mut(..IPV4_HEADER) {
-                        let field = place / 8 | if more { 0x2000 } else { 0 };
+                        let field = (place / 8) | if more { 0x2000 } else { 0 };
                         header[4..6].copy_from_slice(&(identification as u16).to_be_bytes());
                         header[6..8].copy_from_slice(&field.to_be_bytes());
                         header[10..12].fill(0);

@@ -1575,7 +1575,9 @@ impl Stack {
             TcpState::CloseWait | TcpState::LastAck | TcpState::Closing | TcpState::TimeWait
         );
 
-        let over = matches!(state, TcpState::Closed | TcpState::Listen) && !(sending && !room);
+        // What is still to be sent (a reset, the last acknowledgement) waits for room.
+        let unsent = sending && !room;
+        let over = matches!(state, TcpState::Closed | TcpState::Listen) && !unsent;
         if over && !ended && !connection.aborted && was != TcpState::Closed {
             connection.error = Some(Error::TimedOut);
         }
@@ -1589,7 +1591,7 @@ impl Stack {
         let trace = connection.trace;
         let tuple = connection.tuple;
         let orphan = connection.orphan;
-        let remembered = orphan && state == TcpState::TimeWait && !(sending && !room);
+        let remembered = orphan && state == TcpState::TimeWait && !unsent;
         if half_open && (listener.is_some() || was == TcpState::SynReceived) {
             self.tcp.half_open = self.tcp.half_open.saturating_sub(1);
         }
@@ -1642,9 +1644,7 @@ impl Stack {
                     now + Duration::from_millis(1),
                 );
             } else {
-                connection.pending = true;
                 self.tcp.blocked.push(id);
-                connection.pending = false;
             }
         } else if let Some(deadline) = poll_at.filter(|_| state != TcpState::TimeWait) {
             arm(&mut self.tcp.timers, connection, id, deadline);

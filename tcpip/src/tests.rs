@@ -82,7 +82,7 @@ impl Pair {
             .random
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        one_of != 0 && (self.random >> 33) % one_of == 0
+        one_of != 0 && (self.random >> 33).is_multiple_of(one_of)
     }
 
     /// Carries frames until there are none; does not let time pass.
