@@ -1,0 +1,300 @@
+//! Exceptions and interrupts: which become first touches, events, upcalls, and which end the machine.
+
+use core::mem::offset_of;
+
+use kiln_abi::host::{Context, CpuArea, Protection, TrapKind, fault_flags};
+use kiln_shim_vm::memory::{AccessError, USER_END};
+
+use crate::clock;
+use crate::cpu;
+use crate::entry::{self, Frame};
+use crate::interrupts::{self, TIMER_VECTOR};
+use crate::machine::{Machine, Registered};
+
+const PAGE_FAULT: u64 = 14;
+/// Flags with which the kernel is entered.
+const KERNEL_FLAGS: u64 = 0x202;
+
+/// A trap as the kernel sees it.
+#[derive(Clone, Copy)]
+struct Trap {
+    kind: TrapKind,
+    address: u64,
+    flags: u64,
+}
+
+/// Takes every exception and interrupt.
+#[unsafe(no_mangle)]
+extern "C" fn trap(frame: &mut Frame) {
+    let vector = frame.vector as usize;
+    let from_ring_3 = frame.cs & 3 != 0;
+    if vector >= entry::FIRST_INTERRUPT {
+        interrupts::take(vector);
+        if from_ring_3 {
+            // SAFETY: ring 3 was running, so no other reference is in use.
+            event(unsafe { Machine::get() }, frame, vector);
+        }
+        return;
+    }
+    let gate = (core::ptr::addr_of!(entry::system_call_entry) as u64
+        ..core::ptr::addr_of!(entry::system_call_end) as u64)
+        .contains(&frame.rip);
+    if !from_ring_3 && !(frame.vector == PAGE_FAULT && gate) {
+        die(frame);
+    }
+    // SAFETY: ring 3 was running, or a system call gate, which uses no reference.
+    let machine = unsafe { Machine::get() };
+    let trap = if frame.vector == PAGE_FAULT {
+        let address = cpu::fault_address();
+        match first_touch(machine, address, frame.error) {
+            None => return,
+            Some(_) if !from_ring_3 => die(frame),
+            Some(trap) => trap,
+        }
+    } else {
+        let kind = match frame.vector {
+            0 => TrapKind::Divide,
+            1 => TrapKind::Debug,
+            3 => TrapKind::Breakpoint,
+            6 => TrapKind::InvalidInstruction,
+            12 => TrapKind::Bus,
+            16 | 19 => TrapKind::FloatingPoint,
+            17 => TrapKind::Alignment,
+            _ => TrapKind::Protection,
+        };
+        Trap {
+            kind,
+            address: 0,
+            flags: 0,
+        }
+    };
+    if fault(machine, frame, trap).is_err() {
+        die(frame);
+    }
+}
+
+/// Provides the page that was touched, or says why not.
+fn first_touch(machine: &mut Machine, address: usize, error: u64) -> Option<Trap> {
+    let access = match error & (fault_flags::WRITE | fault_flags::EXECUTE) {
+        0 => Protection::READ,
+        fault_flags::WRITE => Protection::WRITE,
+        _ => Protection::EXECUTE,
+    };
+    let kind = match machine.memory.resolve(address, access) {
+        Ok(_) => return None,
+        Err(AccessError::Exhausted) => TrapKind::Bus,
+        Err(AccessError::Unmapped | AccessError::Denied) => TrapKind::MemoryFault,
+    };
+    let mut flags = error & (fault_flags::WRITE | fault_flags::EXECUTE);
+    if address < USER_END
+        && machine.memory.resolve(address, Protection::READ) != Err(AccessError::Unmapped)
+    {
+        flags |= fault_flags::PRESENT;
+    }
+    Some(Trap {
+        kind,
+        address: address as u64,
+        flags,
+    })
+}
+
+/// A fault in ring 3 that the kernel has to know of.
+fn fault(machine: &mut Machine, frame: &mut Frame, trap: Trap) -> Result<(), AccessError> {
+    let rip = frame.rip as usize;
+    let Some(registered) = machine.registered.clone() else {
+        return Err(AccessError::Unmapped);
+    };
+    if registered.user_copy.contains(&rip) {
+        frame.rip = registered.user_copy_fault as u64;
+        return Ok(());
+    }
+    if !machine.kernel_text.contains(&rip) && !machine.stubs.contains(&rip) {
+        return upcall(machine, frame, trap, true);
+    }
+    if machine.kernel_faulted {
+        return Err(AccessError::Denied);
+    }
+    machine.kernel_faulted = true;
+    let word =
+        |machine: &mut Machine, offset: usize| machine.memory.read_word(registered.cpu + offset);
+    let context = word(machine, offset_of!(CpuArea, fault_context))? as usize;
+    let stack = word(machine, offset_of!(CpuArea, fault_stack))?;
+    save(machine, frame, context)?;
+    save_trap(machine, context, trap)?;
+    go(frame, registered.fault_entry, stack);
+    Ok(())
+}
+
+/// An interrupt in ring 3: the timer or a device.
+fn event(machine: &mut Machine, frame: &mut Frame, vector: usize) {
+    if vector == TIMER_VECTOR {
+        if clock::now() < machine.clock.deadline {
+            // It came for a wait that is over, or the deadline was too far for the timer.
+            machine.clock.arm(u64::MAX);
+            return;
+        }
+        machine.clock.deadline = u64::MAX;
+    } else if !interrupts::line_waits() {
+        return;
+    }
+    let Some(registered) = machine.registered.clone() else {
+        return;
+    };
+    let rip = frame.rip as usize;
+    let event = Trap {
+        kind: TrapKind::Event,
+        address: 0,
+        flags: 0,
+    };
+    let result = if registered.resume.contains(&rip) {
+        upcall(machine, frame, event, false)
+    } else if in_kernel(machine, frame) {
+        machine.set_pending()
+    } else {
+        upcall(machine, frame, event, true)
+    };
+    if result.is_err() {
+        die(frame);
+    }
+}
+
+/// Whether the kernel was interrupted, or a call of the kernel's to the shim. The clocks use no stack and may be called by programs too:
+/// there the return address tells.
+fn in_kernel(machine: &mut Machine, frame: &Frame) -> bool {
+    let rip = frame.rip as usize;
+    if machine.clocks.contains(&rip) {
+        let caller = machine.memory.read_word(frame.rsp as usize);
+        return caller.is_ok_and(|caller| machine.kernel_text.contains(&(caller as usize)));
+    }
+    machine.kernel_text.contains(&rip) || machine.stubs.contains(&rip)
+}
+
+/// Enters the kernel for the program's trap.
+fn upcall(
+    machine: &mut Machine,
+    frame: &mut Frame,
+    trap: Trap,
+    store: bool,
+) -> Result<(), AccessError> {
+    let Some(Registered {
+        cpu, upcall_entry, ..
+    }) = machine.registered.clone()
+    else {
+        return Err(AccessError::Unmapped);
+    };
+    let context = machine
+        .memory
+        .read_word(cpu + offset_of!(CpuArea, context))? as usize;
+    let stack = machine
+        .memory
+        .read_word(cpu + offset_of!(CpuArea, upcall_stack))?;
+    if store {
+        save(machine, frame, context)?;
+    }
+    save_trap(machine, context, trap)?;
+    go(frame, upcall_entry, stack);
+    Ok(())
+}
+
+fn go(frame: &mut Frame, entry: usize, stack: u64) {
+    frame.rip = entry as u64;
+    frame.rsp = stack;
+    frame.rflags = KERNEL_FLAGS;
+}
+
+/// Stores the registers.
+fn save(machine: &mut Machine, frame: &Frame, context: usize) -> Result<(), AccessError> {
+    let [
+        r15,
+        r14,
+        r13,
+        r12,
+        r11,
+        r10,
+        r9,
+        r8,
+        rbp,
+        rdi,
+        rsi,
+        rdx,
+        rcx,
+        rbx,
+        rax,
+    ] = frame.registers;
+    let words = [
+        rax,
+        rbx,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        rbp,
+        frame.rsp,
+        r8,
+        r9,
+        r10,
+        r11,
+        r12,
+        r13,
+        r14,
+        r15,
+        frame.rip,
+        frame.rflags,
+    ];
+    write_words(machine, context, &words)
+}
+
+fn save_trap(machine: &mut Machine, context: usize, trap: Trap) -> Result<(), AccessError> {
+    write_words(
+        machine,
+        context + offset_of!(Context, trap),
+        &[trap.kind as u64, trap.address, trap.flags],
+    )
+}
+
+fn write_words(machine: &mut Machine, address: usize, words: &[u64]) -> Result<(), AccessError> {
+    let mut bytes = [0; 8 * 18];
+    for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
+        chunk.copy_from_slice(&word.to_le_bytes());
+    }
+    machine
+        .memory
+        .write(address, bytes.get(..8 * words.len()).unwrap_or(&bytes))
+}
+
+/// Ends the machine: a fault of the shim, or one that the kernel cannot take.
+fn die(frame: &Frame) -> ! {
+    let [
+        r15,
+        r14,
+        r13,
+        r12,
+        r11,
+        r10,
+        r9,
+        r8,
+        rbp,
+        rdi,
+        rsi,
+        rdx,
+        rcx,
+        rbx,
+        rax,
+    ] = frame.registers;
+    crate::stop(
+        kiln_abi::host::exit_code::KERNEL_PANIC,
+        format_args!(
+            "exception {} (error code {:#x}, address {:#x}) in ring {} at {:#x}\n\
+             rax {rax:016x} rbx {rbx:016x} rcx {rcx:016x} rdx {rdx:016x}\n\
+             rsi {rsi:016x} rdi {rdi:016x} rbp {rbp:016x} rsp {:016x}\n\
+             r8  {r8:016x} r9  {r9:016x} r10 {r10:016x} r11 {r11:016x}\n\
+             r12 {r12:016x} r13 {r13:016x} r14 {r14:016x} r15 {r15:016x}",
+            frame.vector,
+            frame.error,
+            cpu::fault_address(),
+            frame.cs & 3,
+            frame.rip,
+            frame.rsp,
+        ),
+    )
+}
