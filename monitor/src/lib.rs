@@ -15,6 +15,7 @@ pub mod control;
 pub mod engine;
 mod error;
 pub mod link;
+pub mod monitor;
 pub mod names;
 pub mod sockets;
 pub mod state;

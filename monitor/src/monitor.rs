@@ -1,0 +1,1466 @@
+//! The monitor: owns one running unikernel from its start to its last word.
+//!
+//! [`run`] binds the published ports, starts the engine, and then serves one event loop: the link, the console, the control
+//! socket, signals to the monitor itself, and the end of the engine's process. With volumes, a second thread reads the link and
+//! serves files, so that a slow disk delays neither connections nor `kill`.
+//!
+//! What always holds: the loop blocks nowhere but in `epoll_wait`, without a tick; an instance that never reached its
+//! program leaves nothing behind; one that did leaves its last word in its state file before its lock goes free.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use kiln_abi::configuration::{Network, StaticNetwork, Volume};
+use kiln_abi::host::exit_code;
+use kiln_abi::link::{CONTROL, FIRST_VOLUME, ToKernel, ToMonitor};
+use kiln_abi::manifest::Protocol;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::pipe::PipeFlags;
+use rustix::process::{Resource, Rlimit};
+
+use crate::arguments::{Publish, signal_name};
+use crate::console::{Log, Shown, Terminal};
+use crate::control::{Request, Said, Server as ControlServer, Session};
+use crate::engine::{End, Engine, Launch, Running};
+use crate::error::Error;
+use crate::link::{Fill, FrameReader, Sender, decode};
+use crate::sockets::{Interest, SocketServer, Token};
+use crate::state::{Instance, NetworkMode, Phase, now};
+use crate::volume::VolumeServer;
+
+/// How long an engine's process may live on after its kernel said that the program has ended.
+const GRACE_AFTER_EXIT: Duration = Duration::from_secs(5);
+/// How long to wait before accepting again when this process or the host ran out of descriptors.
+const RETRY: Duration = Duration::from_millis(50);
+/// Bytes of console output taken at once.
+const CONSOLE_CHUNK: usize = 64 << 10;
+/// Bytes of standard input in one message.
+const INPUT_CHUNK: usize = 16 << 10;
+
+/// Told of what happens while an instance runs.
+pub trait Observer {
+    /// The program is about to run its first instruction.
+    fn started(&mut self, instance: &Instance);
+    /// Published ports now lead to a listening program.
+    fn listening(&mut self, ports: &[Publish]);
+    /// A remark of Kiln's own, which is in the log as well.
+    fn remark(&mut self, text: &str);
+}
+
+/// What a run has to do with the caller's terminal.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Foreground {
+    /// Show the console on standard output.
+    pub output: bool,
+    /// Give standard input to the program.
+    pub input: bool,
+}
+
+/// How an instance ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The exit code to pass on.
+    pub code: i32,
+    /// The program ran.
+    pub started: bool,
+    /// What happened, if it was not the program that ended.
+    pub reason: Option<String>,
+}
+
+/// Kinds of wake-ups, in the upper byte of epoll's data.
+mod wake {
+    pub const LINK: u64 = 0;
+    pub const CONSOLE: u64 = 1;
+    pub const ENDED: u64 = 2;
+    pub const SIGNAL: u64 = 3;
+    pub const CONTROL: u64 = 4;
+    pub const INPUT: u64 = 5;
+    pub const OUTPUT: u64 = 6;
+    pub const MESSAGES: u64 = 7;
+    pub const SESSION: u64 = 8;
+    pub const LISTENER: u64 = 9;
+    pub const CONNECTING: u64 = 10;
+}
+
+const KIND_SHIFT: u32 = 56;
+const NUMBER_MASK: u64 = (1 << KIND_SHIFT) - 1;
+
+fn data(kind: u64, number: u64) -> EventData {
+    EventData::new_u64(kind << KIND_SHIFT | number & NUMBER_MASK)
+}
+
+/// The event loop's descriptor.
+struct Poller(OwnedFd);
+
+impl Poller {
+    fn add(
+        &self,
+        descriptor: impl AsFd,
+        flags: EventFlags,
+        kind: u64,
+        number: u64,
+    ) -> io::Result<()> {
+        Ok(epoll::add(&self.0, descriptor, data(kind, number), flags)?)
+    }
+}
+
+impl Interest for Poller {
+    fn readable(&mut self, descriptor: BorrowedFd<'_>, token: Token) -> io::Result<()> {
+        let (kind, number) = token_parts(token);
+        self.add(descriptor, EventFlags::IN, kind, number)
+    }
+    fn writable(&mut self, descriptor: BorrowedFd<'_>, token: Token) -> io::Result<()> {
+        let (kind, number) = token_parts(token);
+        self.add(
+            descriptor,
+            EventFlags::OUT | EventFlags::ONESHOT,
+            kind,
+            number,
+        )
+    }
+    fn forget(&mut self, descriptor: BorrowedFd<'_>) {
+        // It may not be there: then there is nothing to forget.
+        let _ = epoll::delete(&self.0, descriptor);
+    }
+}
+
+fn token_parts(token: Token) -> (u64, u64) {
+    match token {
+        Token::Listener(number) => (wake::LISTENER, u64::try_from(number).unwrap_or(NUMBER_MASK)),
+        Token::Connecting(request) => (wake::CONNECTING, request),
+    }
+}
+
+/// Where control messages come from.
+enum Messages {
+    /// This thread reads the link.
+    Link(FrameReader),
+    /// The volumes' thread does, and wakes us.
+    Thread(Receiver<Result<ToMonitor, Error>>, Arc<OwnedFd>),
+}
+
+/// Runs an instance from its start to its end. Its state is saved along the way; removing it when it is no longer wanted
+/// is left to the caller, except after an error before the engine's start.
+///
+/// # Errors
+/// When it cannot be started (a port in use, a missing directory, an engine that refuses), or its kernel breaks the
+/// link's protocol. Nothing of it runs then.
+pub fn run(
+    instance: &mut Instance,
+    engine: &dyn Engine,
+    foreground: Foreground,
+    observer: &mut dyn Observer,
+) -> Result<Ended, Error> {
+    let mut monitor = Monitor::start(instance, engine, foreground, observer)?;
+    let outcome = monitor.serve();
+    if outcome.is_err() {
+        let _ = monitor.running.kill();
+        let _ = monitor.running.wait();
+    }
+    let instance = &mut *monitor.instance;
+    match &outcome {
+        Ok(ended) => {
+            instance.state.phase = if ended.reason.is_none() {
+                Phase::Exited
+            } else {
+                Phase::Crashed
+            };
+            instance.state.exit_code = Some(ended.code);
+            instance.state.reason.clone_from(&ended.reason);
+        }
+        Err(error) => {
+            instance.state.phase = Phase::Crashed;
+            instance.state.reason = Some(error.to_string());
+        }
+    }
+    instance.state.ended = Some(now());
+    instance.state.monitor = None;
+    instance.state.process = None;
+    let _ = std::fs::remove_file(instance.control_path());
+    instance.save()?;
+    outcome
+}
+
+struct Monitor<'a> {
+    instance: &'a mut Instance,
+    observer: &'a mut dyn Observer,
+    running: Box<dyn Running>,
+    poller: Poller,
+    sender: Arc<Sender>,
+    messages: Messages,
+    sockets: Option<SocketServer>,
+    console: OwnedFd,
+    console_open: bool,
+    /// Console output is not read while standard output is stuck.
+    console_paused: bool,
+    log: Log,
+    terminal: Option<Terminal>,
+    control: ControlServer,
+    sessions: HashMap<u64, Session>,
+    next_session: u64,
+    signals: UnixStream,
+    stops: u32,
+    input: Option<OwnedFd>,
+    /// Standard input is a file: it cannot be waited for and is always ready.
+    input_ready: bool,
+    /// The link's descriptor is watched for room.
+    link_watched: bool,
+    sockets_paused: bool,
+    retry: Option<Instant>,
+    exited: Option<i32>,
+    exit_deadline: Option<Instant>,
+    killed: bool,
+    started: bool,
+}
+
+impl<'a> Monitor<'a> {
+    fn start(
+        instance: &'a mut Instance,
+        engine: &dyn Engine,
+        foreground: Foreground,
+        observer: &'a mut dyn Observer,
+    ) -> Result<Self, Error> {
+        raise_descriptor_limit();
+        let configuration = &instance.configuration;
+        let image = File::open(&configuration.image.path).map_err(Error::io(format!(
+            "open the image {}",
+            configuration.image.path.display()
+        )))?;
+        let mut volumes = Vec::with_capacity(configuration.volumes.len());
+        for volume in &configuration.volumes {
+            volumes.push(VolumeServer::new(&volume.host, volume.read_only)?);
+        }
+        let mut ports = configuration.ports.clone();
+        let (network, sockets) = match &configuration.network {
+            NetworkMode::None => (Network::None, None),
+            NetworkMode::Socket => {
+                let sockets = SocketServer::start(&mut ports)?;
+                let name_servers = host_name_servers();
+                (Network::Socket { name_servers }, Some(sockets))
+            }
+            NetworkMode::Direct {
+                addresses,
+                gateways,
+            } => {
+                let network = if addresses.is_empty() {
+                    Network::Dhcp
+                } else {
+                    Network::Static(StaticNetwork {
+                        addresses: addresses.clone(),
+                        gateways: gateways.clone(),
+                        ..StaticNetwork::default()
+                    })
+                };
+                (network, None)
+            }
+        };
+        let (link, kernel_link) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(Error::io("make the link"))?;
+        let (console, kernel_console) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+            .map_err(Error::io("make the console's pipe"))?;
+        rustix::io::ioctl_fionbio(&console, true).map_err(Error::io("make the console's pipe"))?;
+        let poller = Poller(
+            epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::io("make the event loop"))?,
+        );
+        let log = Log::create(&instance.console_path()).map_err(Error::io(format!(
+            "write {}",
+            instance.console_path().display()
+        )))?;
+        let control = ControlServer::bind(instance).map_err(Error::io(format!(
+            "make {}",
+            instance.control_path().display()
+        )))?;
+        let signals = catch_signals().map_err(Error::io("catch signals"))?;
+        let sender = Arc::new(Sender::new(link));
+
+        let mut run = configuration.run.clone();
+        run.network = network;
+        run.link = true;
+        run.volumes = configuration
+            .volumes
+            .iter()
+            .map(|volume| Volume {
+                path: volume.path.clone(),
+                read_only: volume.read_only,
+            })
+            .collect();
+        run.realtime = Some(realtime());
+        let launch = Launch {
+            image_path: configuration.image.path.clone(),
+            image,
+            pieces: configuration.image.pieces,
+            configuration: serde_json::to_vec(&run)
+                .map_err(|error| Error::Protocol(error.to_string()))?,
+            memory: configuration.memory,
+            console: kernel_console,
+            link: kernel_link,
+            frames: None,
+            directory: instance.directory().to_owned(),
+        };
+        let running = engine.start(launch)?;
+        instance.state.ports = ports;
+        instance.state.monitor = Some(std::process::id());
+        instance.state.process = Some(running.pid());
+
+        let messages = if volumes.is_empty() {
+            Messages::Link(FrameReader::default())
+        } else {
+            let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+                .map_err(Error::io("make the volumes' thread"))?;
+            let wake = Arc::new(wake);
+            let (give, take) = sync_channel(1024);
+            let (sender, waker) = (Arc::clone(&sender), Arc::clone(&wake));
+            std::thread::Builder::new()
+                .name("volumes".to_owned())
+                .spawn(move || serve_volumes(&sender, volumes, &give, &waker))
+                .map_err(Error::io("make the volumes' thread"))?;
+            Messages::Thread(take, wake)
+        };
+        let mut monitor = Self {
+            instance,
+            observer,
+            running,
+            poller,
+            sender,
+            messages,
+            sockets,
+            console,
+            console_open: true,
+            console_paused: false,
+            log,
+            terminal: foreground.output.then(Terminal::default),
+            control,
+            sessions: HashMap::new(),
+            next_session: 0,
+            signals,
+            stops: 0,
+            input: None,
+            input_ready: false,
+            link_watched: false,
+            sockets_paused: false,
+            retry: None,
+            exited: None,
+            exit_deadline: None,
+            killed: false,
+            started: false,
+        };
+        monitor
+            .watch(foreground)
+            .map_err(Error::io("wait for the unikernel's events"))?;
+        Ok(monitor)
+    }
+
+    /// Registers all sources of events.
+    fn watch(&mut self, foreground: Foreground) -> io::Result<()> {
+        let poller = &self.poller;
+        match &self.messages {
+            Messages::Link(_) => poller.add(self.sender.socket(), EventFlags::IN, wake::LINK, 0)?,
+            Messages::Thread(_, waker) => {
+                poller.add(&**waker, EventFlags::IN, wake::MESSAGES, 0)?;
+                poller.add(self.sender.socket(), EventFlags::empty(), wake::LINK, 0)?;
+            }
+        }
+        poller.add(&self.console, EventFlags::IN, wake::CONSOLE, 0)?;
+        poller.add(self.running.ended(), EventFlags::IN, wake::ENDED, 0)?;
+        poller.add(&self.signals, EventFlags::IN, wake::SIGNAL, 0)?;
+        poller.add(self.control.socket(), EventFlags::IN, wake::CONTROL, 0)?;
+        if foreground.input {
+            let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 0)?;
+            match poller.add(&input, EventFlags::IN, wake::INPUT, 0) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    self.input_ready = true
+                }
+                Err(error) => return Err(error),
+            }
+            self.input = Some(input);
+        }
+        Ok(())
+    }
+
+    /// The event loop, until the engine's process has ended.
+    fn serve(&mut self) -> Result<Ended, Error> {
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
+        loop {
+            self.settle()?;
+            let limit = self.wait_limit();
+            match epoll::wait(
+                &self.poller.0,
+                rustix::buffer::spare_capacity(&mut events),
+                limit.as_ref(),
+            ) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(Error::io("wait for events")(error)),
+            }
+            let mut ended = false;
+            for event in events.drain(..) {
+                let code = event.data.u64();
+                ended |= self.handle(code >> KIND_SHIFT, code & NUMBER_MASK)?;
+            }
+            if ended {
+                return self.finish();
+            }
+            self.check_deadlines()?;
+        }
+    }
+
+    /// What is to be done before waiting: send what waits, and take up or put down what depends on room in the link.
+    fn settle(&mut self) -> Result<(), Error> {
+        let failed = || Error::io("speak to the kernel");
+        if self.sender.pending() > 0 {
+            self.sender.flush().map_err(failed())?;
+        }
+        if self.input_ready && self.sender.pending() == 0 {
+            self.read_input()?;
+        }
+        let full = self.sender.pending() > 0;
+        if full != self.link_watched {
+            let mut flags = match self.messages {
+                Messages::Link(_) => EventFlags::IN,
+                Messages::Thread(..) => EventFlags::empty(),
+            };
+            flags.set(EventFlags::OUT, full);
+            epoll::modify(
+                &self.poller.0,
+                self.sender.socket(),
+                data(wake::LINK, 0),
+                flags,
+            )
+            .map_err(Error::io("speak to the kernel"))?;
+            self.link_watched = full;
+        }
+        if let Some(sockets) = &mut self.sockets {
+            if self.sockets_paused && !full && self.retry.is_none() {
+                sockets.watch(&mut self.poller).map_err(failed())?;
+                self.sockets_paused = false;
+            }
+        }
+        Ok(())
+    }
+
+    fn wait_limit(&self) -> Option<Timespec> {
+        if self.input_ready && self.sender.pending() == 0 {
+            return Some(Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            });
+        }
+        let next = [self.retry, self.exit_deadline]
+            .into_iter()
+            .flatten()
+            .min()?;
+        let left = next.saturating_duration_since(Instant::now()) + Duration::from_micros(100);
+        Timespec::try_from(left).ok()
+    }
+
+    fn check_deadlines(&mut self) -> Result<(), Error> {
+        let time = Instant::now();
+        if self.retry.is_some_and(|retry| retry <= time) {
+            self.retry = None;
+        }
+        if self.exit_deadline.is_some_and(|deadline| deadline <= time) {
+            self.exit_deadline = None;
+            self.running
+                .kill()
+                .map_err(Error::io("end the unikernel"))?;
+        }
+        Ok(())
+    }
+
+    /// Handles one event. True when the engine's process has ended.
+    fn handle(&mut self, kind: u64, number: u64) -> Result<bool, Error> {
+        let link_failed = || Error::io("speak to the kernel");
+        match kind {
+            wake::LINK => {
+                self.sender.flush().map_err(link_failed())?;
+                self.read_link()?;
+            }
+            wake::MESSAGES => self.take_messages()?,
+            wake::CONSOLE => self.read_console()?,
+            wake::OUTPUT => self.flush_terminal()?,
+            wake::ENDED => return Ok(true),
+            wake::SIGNAL => self.take_signals()?,
+            wake::INPUT => self.read_input()?,
+            wake::CONTROL => {
+                while let Some(session) = self
+                    .control
+                    .accept()
+                    .map_err(Error::io("accept a command"))?
+                {
+                    let number = self.next_session;
+                    self.next_session += 1;
+                    self.poller
+                        .add(session.socket(), EventFlags::IN, wake::SESSION, number)
+                        .map_err(Error::io("accept a command"))?;
+                    self.sessions.insert(number, session);
+                }
+            }
+            wake::SESSION => self.hear(number)?,
+            wake::LISTENER => {
+                let number = usize::try_from(number).unwrap_or(usize::MAX);
+                if let Some(sockets) = &mut self.sockets
+                    && !sockets
+                        .accept(number, &self.sender)
+                        .map_err(link_failed())?
+                {
+                    sockets.pause(&mut self.poller);
+                    self.sockets_paused = true;
+                    if self.sender.pending() == 0 {
+                        self.retry = Some(Instant::now() + RETRY);
+                    }
+                }
+            }
+            wake::CONNECTING => {
+                if let Some(sockets) = &mut self.sockets {
+                    sockets
+                        .connected(number, &self.sender, &mut self.poller)
+                        .map_err(link_failed())?;
+                }
+            }
+            _ => {}
+        }
+        Ok(false)
+    }
+
+    fn read_link(&mut self) -> Result<(), Error> {
+        loop {
+            let Messages::Link(reader) = &mut self.messages else {
+                return Ok(());
+            };
+            let fill = reader
+                .fill(self.sender.socket(), false)
+                .map_err(Error::io("hear the kernel"))?;
+            match fill {
+                Fill::Bytes => {}
+                Fill::Blocked => return Ok(()),
+                Fill::End => {
+                    // The process's end tells the rest.
+                    self.poller.forget(self.sender.socket());
+                    self.link_watched = self.sender.pending() > 0;
+                    return Ok(());
+                }
+            }
+            loop {
+                let Messages::Link(reader) = &mut self.messages else {
+                    return Ok(());
+                };
+                let Some(frame) = reader.next()? else {
+                    break;
+                };
+                if frame.channel != CONTROL {
+                    return Err(Error::Protocol(format!(
+                        "a request on channel {}, which is no volume",
+                        frame.channel
+                    )));
+                }
+                let message = decode(frame.payload)?;
+                self.obey(message)?;
+            }
+        }
+    }
+
+    fn take_messages(&mut self) -> Result<(), Error> {
+        let Messages::Thread(messages, waker) = &self.messages else {
+            return Ok(());
+        };
+        let _ = rustix::io::read(&**waker, &mut [0; 8]);
+        let waiting: Vec<_> = messages.try_iter().collect();
+        for message in waiting {
+            self.obey(message?)?;
+        }
+        Ok(())
+    }
+
+    /// Does what the kernel asks.
+    fn obey(&mut self, message: ToMonitor) -> Result<(), Error> {
+        let failed = || Error::io("serve the kernel");
+        match message {
+            ToMonitor::Started => {
+                if !self.started {
+                    self.started = true;
+                    self.instance.state.phase = Phase::Running;
+                    self.instance.state.started = Some(now());
+                    self.instance.save()?;
+                    self.observer.started(self.instance);
+                }
+            }
+            ToMonitor::Log(text) => self.remark(&text)?,
+            ToMonitor::Exited { code } => {
+                self.exited = Some(code);
+                self.exit_deadline = Some(Instant::now() + GRACE_AFTER_EXIT);
+            }
+            ToMonitor::Listen { address, protocol } => {
+                let ports = match &mut self.sockets {
+                    Some(sockets) => sockets
+                        .listen(address, protocol, &mut self.poller)
+                        .map_err(failed())?,
+                    None => self
+                        .instance
+                        .state
+                        .ports
+                        .iter()
+                        .filter(|publish| {
+                            publish.guest == address.port() && publish.protocol == protocol
+                        })
+                        .copied()
+                        .collect(),
+                };
+                if !ports.is_empty() {
+                    self.observer.listening(&ports);
+                } else if address.ip().to_canonical().is_loopback() {
+                    self.warn_of_loopback(address.port(), protocol)?;
+                }
+            }
+            ToMonitor::Unlisten { address, protocol } => {
+                if let Some(sockets) = &mut self.sockets {
+                    sockets.unlisten(address, protocol, &mut self.poller);
+                }
+            }
+            ToMonitor::Connect {
+                request,
+                from: _,
+                to,
+            } => {
+                let Some(sockets) = self.sockets.as_mut().filter(|_| request <= NUMBER_MASK) else {
+                    return Err(Error::Protocol(
+                        "a connection that is not its to ask for".to_owned(),
+                    ));
+                };
+                sockets
+                    .connect(request, to, &self.sender, &mut self.poller)
+                    .map_err(failed())?;
+            }
+            ToMonitor::CancelConnect { request } => {
+                if let Some(sockets) = &mut self.sockets {
+                    sockets.cancel(request, &mut self.poller);
+                }
+            }
+            ToMonitor::OpenDatagram { request, bind } => {
+                let Some(sockets) = &mut self.sockets else {
+                    return Err(Error::Protocol(
+                        "a socket that is not its to ask for".to_owned(),
+                    ));
+                };
+                sockets
+                    .datagram(request, bind, &self.sender)
+                    .map_err(failed())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A published port that leads to a program listening on its own loopback will never answer: say so.
+    fn warn_of_loopback(&mut self, port: u16, protocol: Protocol) -> Result<(), Error> {
+        let published = self
+            .instance
+            .state
+            .ports
+            .iter()
+            .any(|publish| publish.guest == port && publish.protocol == protocol);
+        if published {
+            self.remark(&format!(
+                "the program listens on port {port} of its own loopback only, so the published port cannot reach it; let it listen on 0.0.0.0 or [::]"
+            ))?;
+        }
+        Ok(())
+    }
+
+    fn remark(&mut self, text: &str) -> Result<(), Error> {
+        self.log
+            .remark(text)
+            .map_err(Error::io("write the console log"))?;
+        self.observer.remark(text);
+        Ok(())
+    }
+
+    fn read_console(&mut self) -> Result<(), Error> {
+        let mut buffer = [0; CONSOLE_CHUNK];
+        // A few rounds, so that a program that writes without end does not keep others waiting.
+        for _ in 0..4 {
+            if self.console_paused || !self.console_open {
+                return Ok(());
+            }
+            match rustix::io::read(&self.console, &mut buffer) {
+                Ok(0) => {
+                    self.console_open = false;
+                    self.poller.forget(self.console.as_fd());
+                }
+                Ok(length) => {
+                    let bytes = buffer.get(..length).unwrap_or_default();
+                    self.log
+                        .write(bytes)
+                        .map_err(Error::io("write the console log"))?;
+                    self.show(bytes)?;
+                }
+                Err(rustix::io::Errno::AGAIN) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(Error::io("read the console")(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let Some(terminal) = &mut self.terminal else {
+            return Ok(());
+        };
+        match terminal
+            .show(bytes)
+            .map_err(Error::io("write to standard output"))?
+        {
+            Shown::All => {}
+            Shown::Waiting => {
+                let failed = || Error::io("wait for standard output");
+                self.poller
+                    .add(io::stdout(), EventFlags::OUT, wake::OUTPUT, 0)
+                    .map_err(failed())?;
+                self.poller.forget(self.console.as_fd());
+                self.console_paused = true;
+            }
+            Shown::Closed => self.lose_terminal()?,
+        }
+        Ok(())
+    }
+
+    fn flush_terminal(&mut self) -> Result<(), Error> {
+        let Some(terminal) = &mut self.terminal else {
+            return Ok(());
+        };
+        let shown = terminal
+            .flush()
+            .map_err(Error::io("write to standard output"))?;
+        if shown == Shown::Waiting {
+            return Ok(());
+        }
+        self.poller.forget(io::stdout().as_fd());
+        if std::mem::take(&mut self.console_paused) && self.console_open {
+            self.poller
+                .add(&self.console, EventFlags::IN, wake::CONSOLE, 0)
+                .map_err(Error::io("read the console"))?;
+        }
+        if shown == Shown::Closed {
+            self.lose_terminal()?;
+        }
+        Ok(())
+    }
+
+    /// Nobody reads standard output any more: the program gets the signal that a native one would get.
+    fn lose_terminal(&mut self) -> Result<(), Error> {
+        const SIGPIPE: u8 = 13;
+        self.terminal = None;
+        self.signal(SIGPIPE)
+    }
+
+    fn read_input(&mut self) -> Result<(), Error> {
+        let Some(input) = &self.input else {
+            self.input_ready = false;
+            return Ok(());
+        };
+        let mut buffer = [0; INPUT_CHUNK];
+        let length = match rustix::io::read(input, &mut buffer) {
+            Ok(length) => length,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(()),
+            // A terminal that went away reads as its end.
+            Err(_) => 0,
+        };
+        if length == 0 {
+            self.poller.forget(input.as_fd());
+            self.input = None;
+            self.input_ready = false;
+        }
+        let bytes = buffer.get(..length).unwrap_or_default().to_vec();
+        self.sender
+            .control(&ToKernel::Input(bytes), None)
+            .map_err(Error::io("speak to the kernel"))
+    }
+
+    fn signal(&mut self, signal: u8) -> Result<(), Error> {
+        let failed = || Error::io("speak to the kernel");
+        self.sender
+            .control(&ToKernel::Signal { signal }, None)
+            .map_err(failed())?;
+        self.running.interrupt().map_err(failed())
+    }
+
+    /// SIGINT, SIGTERM and the like to the monitor: the first asks the program to end, the second ends it.
+    fn take_signals(&mut self) -> Result<(), Error> {
+        const SIGTERM: u8 = 15;
+        let mut buffer = [0; 64];
+        let Ok(count) = self.signals.read(&mut buffer) else {
+            return Ok(());
+        };
+        for _ in 0..count {
+            self.stops += 1;
+            if self.stops == 1 {
+                self.signal(SIGTERM)?;
+            } else {
+                self.kill()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self) -> Result<(), Error> {
+        self.killed = true;
+        self.running.kill().map_err(Error::io("end the unikernel"))
+    }
+
+    fn hear(&mut self, number: u64) -> Result<(), Error> {
+        loop {
+            let Some(session) = self.sessions.get_mut(&number) else {
+                return Ok(());
+            };
+            match session.hear() {
+                Said::Nothing => return Ok(()),
+                Said::Gone => {
+                    self.poller.forget(session.socket().as_fd());
+                    self.sessions.remove(&number);
+                    return Ok(());
+                }
+                Said::Request(request) => {
+                    let outcome = match request {
+                        Request::Ping => Ok(()),
+                        Request::Kill => self.kill(),
+                        Request::Signal(signal) => self.signal(signal),
+                    };
+                    if let Some(session) = self.sessions.get_mut(&number) {
+                        session.answer(outcome.err().map(|error| error.to_string()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The engine's process has ended: takes what it still had to say.
+    fn finish(&mut self) -> Result<Ended, Error> {
+        let end = self
+            .running
+            .wait()
+            .map_err(Error::io("wait for the unikernel"))?;
+        match &self.messages {
+            Messages::Link(_) => {
+                // A kernel that died in the middle of a message is judged by its end, not by that.
+                let _ = self.read_link();
+            }
+            Messages::Thread(..) => self.drain_thread(),
+        }
+        self.drain_console()?;
+        let signalled = self.stops > 0 || self.killed;
+        Ok(judge(
+            &end,
+            self.exited,
+            self.started,
+            signalled && self.killed,
+        ))
+    }
+
+    fn drain_thread(&mut self) {
+        let limit = Instant::now() + Duration::from_secs(2);
+        loop {
+            let Messages::Thread(messages, _) = &self.messages else {
+                return;
+            };
+            match messages.recv_timeout(limit.saturating_duration_since(Instant::now())) {
+                Ok(Ok(message)) => {
+                    if self.obey(message).is_err() {
+                        return;
+                    }
+                }
+                Ok(Err(_)) | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes the rest of the console's output. Nothing else is left to do now, so this waits for whoever reads.
+    fn drain_console(&mut self) -> Result<(), Error> {
+        let mut buffer = [0; CONSOLE_CHUNK];
+        loop {
+            let length = match rustix::io::read(&self.console, &mut buffer) {
+                Ok(0) | Err(rustix::io::Errno::AGAIN) => break,
+                Ok(length) => length,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return Err(Error::io("read the console")(error)),
+            };
+            let bytes = buffer.get(..length).unwrap_or_default();
+            self.log
+                .write(bytes)
+                .map_err(Error::io("write the console log"))?;
+            if let Some(terminal) = &mut self.terminal {
+                let _ = terminal.show(bytes);
+            }
+        }
+        while let Some(terminal) = &mut self.terminal {
+            if !matches!(terminal.flush(), Ok(Shown::Waiting)) {
+                break;
+            }
+            let output = io::stdout();
+            let mut ready = [
+                PollFd::new(&output, PollFlags::OUT),
+                PollFd::new(&self.signals, PollFlags::IN),
+            ];
+            let waited = rustix::event::poll(&mut ready, None);
+            if self.signals_waiting() || waited.is_err_and(|error| error != rustix::io::Errno::INTR)
+            {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn signals_waiting(&mut self) -> bool {
+        matches!(self.signals.read(&mut [0; 64]), Ok(count) if count > 0)
+    }
+}
+
+/// What an end means. `killed`: the monitor was asked to.
+fn judge(end: &End, exited: Option<i32>, started: bool, killed: bool) -> Ended {
+    let ended = |code: i32, reason: Option<String>| Ended {
+        code,
+        started,
+        reason,
+    };
+    match (exited, end) {
+        (Some(code), _) => ended(code & 0xff, None),
+        (None, End::Exited(exit_code::KERNEL_PANIC)) => ended(
+            exit_code::KERNEL_PANIC,
+            Some("the kernel panicked; its last words are in the log".to_owned()),
+        ),
+        (None, End::Exited(code)) if started => ended(code & 0xff, None),
+        (None, End::Exited(code)) => ended(
+            code & 0xff,
+            Some(format!(
+                "the unikernel ended with code {code} before its program began"
+            )),
+        ),
+        (None, End::Signalled(signal)) if killed => ended(exit_code::SIGNAL_BASE + signal, None),
+        (None, End::Signalled(signal)) => {
+            const SIGKILL: i32 = 9;
+            const SIGSYS: i32 = 31;
+            let hint = match *signal {
+                SIGKILL => " (by somebody on the host, or because the host ran out of memory)",
+                SIGSYS => " (its confinement forbids what it tried)",
+                _ => "",
+            };
+            ended(
+                exit_code::SIGNAL_BASE + signal,
+                Some(format!(
+                    "the unikernel's process was killed by {}{hint}",
+                    signal_name(*signal)
+                )),
+            )
+        }
+    }
+}
+
+/// The thread that reads the link and serves files.
+fn serve_volumes(
+    sender: &Sender,
+    mut volumes: Vec<VolumeServer>,
+    messages: &SyncSender<Result<ToMonitor, Error>>,
+    waker: &OwnedFd,
+) {
+    let tell = |message| {
+        let told = messages.send(message).is_ok();
+        let _ = rustix::io::write(waker, &1u64.to_ne_bytes());
+        told
+    };
+    let mut reader = FrameReader::default();
+    loop {
+        match reader.fill(sender.socket(), true) {
+            Ok(Fill::Bytes | Fill::Blocked) => {}
+            Ok(Fill::End) | Err(_) => return,
+        }
+        loop {
+            let frame = match reader.next() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => break,
+                Err(error) => {
+                    tell(Err(error));
+                    return;
+                }
+            };
+            if frame.channel == CONTROL {
+                let message = decode(frame.payload);
+                let broken = message.is_err();
+                if !tell(message) || broken {
+                    return;
+                }
+                continue;
+            }
+            let number = usize::try_from(frame.channel - FIRST_VOLUME).unwrap_or(usize::MAX);
+            let Some(volume) = volumes.get_mut(number) else {
+                tell(Err(Error::Protocol(format!(
+                    "a request on channel {}, which is no volume",
+                    frame.channel
+                ))));
+                return;
+            };
+            let Some(reply) = volume.handle(frame.payload) else {
+                continue;
+            };
+            if sender.send(frame.channel, reply, None).is_err() {
+                return;
+            }
+            // A reply larger than the socket's buffer: go on as the kernel reads.
+            while sender.pending() > 0 {
+                let socket = sender.socket();
+                let mut ready = [PollFd::from_borrowed_fd(socket, PollFlags::OUT)];
+                if rustix::event::poll(&mut ready, None).is_err() || sender.flush().is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// One end of a pair whose other end gets a byte for each signal that means "stop".
+fn catch_signals() -> io::Result<UnixStream> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
+        signal_hook::low_level::pipe::register(signal, theirs.try_clone()?)?;
+    }
+    Ok(ours)
+}
+
+/// Ten thousand connections need as many descriptors, here on their way and in the engine's process for their lives.
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let wanted = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    // If the host does not allow it, fewer connections fit, and accepting pauses at the limit.
+    let _ = rustix::process::setrlimit(Resource::Nofile, wanted);
+}
+
+fn realtime() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .ok()
+        .and_then(|time| u64::try_from(time.as_nanos()).ok())
+        .unwrap_or(0)
+}
+
+/// The host's name servers that programs can reach: not those on the host's loopback.
+fn host_name_servers() -> Vec<IpAddr> {
+    for path in ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"] {
+        let servers = crate::volume::read_small(Path::new(path))
+            .map(|text| name_servers(&text))
+            .unwrap_or_default();
+        if !servers.is_empty() {
+            return servers;
+        }
+    }
+    Vec::new()
+}
+
+/// The `nameserver` lines of a resolver configuration (resolv.conf(5)), at most three, without loopback addresses.
+fn name_servers(text: &str) -> Vec<IpAddr> {
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some("nameserver")).then_some(())?;
+            words.next()?.parse::<IpAddr>().ok()
+        })
+        .filter(|address| !address.is_loopback() && !address.is_unspecified())
+        .take(3)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::console::tail;
+    use crate::control::Client;
+    use crate::engine::{StartError, Unavailable};
+    use crate::state::StateDirectory;
+    use crate::state::tests::{Scratch, configuration};
+    use kiln_abi::link::{HEADER, header, parse_header};
+    use std::io::Write;
+    use std::net::TcpStream;
+    use std::sync::Mutex;
+    use std::thread::JoinHandle;
+
+    /// What a kernel of these tests can do.
+    struct Kernel {
+        link: UnixStream,
+        console: File,
+    }
+
+    impl Kernel {
+        fn say(&mut self, message: &ToMonitor) {
+            let payload = postcard::to_extend(message, Vec::new()).unwrap();
+            self.frame(CONTROL, &payload);
+        }
+
+        fn frame(&mut self, channel: u32, payload: &[u8]) {
+            self.link
+                .write_all(&header(channel, payload.len() as u32))
+                .unwrap();
+            self.link.write_all(payload).unwrap();
+        }
+
+        fn hear_frame(&mut self) -> Option<(u32, Vec<u8>)> {
+            let mut head = [0; HEADER];
+            self.link.read_exact(&mut head).ok()?;
+            let (channel, length) = parse_header(head);
+            let mut payload = vec![0; length as usize];
+            self.link.read_exact(&mut payload).ok()?;
+            Some((channel, payload))
+        }
+
+        fn hear(&mut self) -> Option<ToKernel> {
+            let (channel, payload) = self.hear_frame()?;
+            assert_eq!(channel, CONTROL);
+            Some(postcard::from_bytes(&payload).unwrap())
+        }
+    }
+
+    type Program = Box<dyn FnOnce(&mut Kernel) -> End + Send>;
+
+    /// Runs a function in place of a kernel.
+    struct Fake(Mutex<Option<Program>>);
+
+    impl Fake {
+        fn new(program: impl FnOnce(&mut Kernel) -> End + Send + 'static) -> Self {
+            Self(Mutex::new(Some(Box::new(program))))
+        }
+    }
+
+    struct FakeRunning {
+        thread: Option<JoinHandle<End>>,
+        ended: OwnedFd,
+        link: UnixStream,
+        killed: bool,
+    }
+
+    impl Engine for Fake {
+        fn name(&self) -> &'static str {
+            "fake"
+        }
+        fn available(&self) -> Result<(), Unavailable> {
+            Ok(())
+        }
+        fn start(&self, launch: Launch) -> Result<Box<dyn Running>, StartError> {
+            let link = UnixStream::from(launch.link);
+            link.set_read_timeout(Some(Duration::from_secs(20)))
+                .unwrap();
+            let mut kernel = Kernel {
+                link: link.try_clone().unwrap(),
+                console: launch.console.into(),
+            };
+            let (ended, alive) = rustix::pipe::pipe().unwrap();
+            let program = self.0.lock().unwrap().take().unwrap();
+            let thread = std::thread::spawn(move || {
+                let end = program(&mut kernel);
+                drop(kernel);
+                drop(alive);
+                end
+            });
+            Ok(Box::new(FakeRunning {
+                thread: Some(thread),
+                ended,
+                link,
+                killed: false,
+            }))
+        }
+    }
+
+    impl Running for FakeRunning {
+        fn pid(&self) -> u32 {
+            1
+        }
+        fn ended(&self) -> BorrowedFd<'_> {
+            self.ended.as_fd()
+        }
+        fn wait(&mut self) -> io::Result<End> {
+            let end = self.thread.take().unwrap().join().unwrap();
+            Ok(if self.killed { End::Signalled(9) } else { end })
+        }
+        fn kill(&mut self) -> io::Result<()> {
+            self.killed = true;
+            // The kernel of a test notices that its link has gone.
+            let _ = self.link.shutdown(std::net::Shutdown::Both);
+            Ok(())
+        }
+    }
+
+    #[derive(Default)]
+    struct Notes {
+        started: u32,
+        listening: Vec<Publish>,
+        remarks: Vec<String>,
+    }
+
+    impl Observer for Notes {
+        fn started(&mut self, _: &Instance) {
+            self.started += 1;
+        }
+        fn listening(&mut self, ports: &[Publish]) {
+            self.listening.extend(ports);
+        }
+        fn remark(&mut self, text: &str) {
+            self.remarks.push(text.to_owned());
+        }
+    }
+
+    fn run_fake(
+        state: &StateDirectory,
+        change: impl FnOnce(&mut crate::state::InstanceConfiguration),
+        program: impl FnOnce(&mut Kernel) -> End + Send + 'static,
+    ) -> (Result<Ended, Error>, Notes) {
+        let mut configuration = configuration("test");
+        configuration.image.path = "/dev/null".into();
+        change(&mut configuration);
+        let mut instance = state.create(&configuration).unwrap();
+        let mut notes = Notes::default();
+        let outcome = run(
+            &mut instance,
+            &Fake::new(program),
+            Foreground::default(),
+            &mut notes,
+        );
+        (outcome, notes)
+    }
+
+    #[test]
+    fn output_remarks_and_exit_code_are_kept() {
+        let scratch = Scratch::new();
+        let (outcome, notes) = run_fake(
+            &scratch.0,
+            |_| {},
+            |kernel| {
+                kernel.say(&ToMonitor::Started);
+                kernel.console.write_all(b"hello\n").unwrap();
+                kernel.say(&ToMonitor::Log("unsupported call".to_owned()));
+                kernel.say(&ToMonitor::Exited { code: 3 });
+                End::Exited(0)
+            },
+        );
+        let ended = Ended {
+            code: 3,
+            started: true,
+            reason: None,
+        };
+        assert_eq!(outcome.unwrap(), ended);
+        assert_eq!((notes.started, notes.remarks.len()), (1, 1));
+        let instance = scratch.0.open("test").unwrap();
+        assert_eq!(
+            (instance.state.phase, instance.state.exit_code),
+            (Phase::Exited, Some(3))
+        );
+        let text = tail(&instance.console_path(), 10);
+        assert!(
+            text.contains("hello\n") && text.contains("kiln: unsupported call\n"),
+            "{text}"
+        );
+        assert!(!instance.control_path().exists());
+    }
+
+    #[test]
+    fn panics_kills_and_early_ends_say_why() {
+        let scratch = Scratch::new();
+        for (end, started, code, word) in [
+            (End::Exited(exit_code::KERNEL_PANIC), true, 254, "panicked"),
+            (End::Signalled(31), true, 159, "SIGSYS"),
+            (End::Signalled(9), true, 137, "memory"),
+            (End::Exited(1), false, 1, "before its program began"),
+        ] {
+            let (outcome, _) = run_fake(
+                &scratch.0,
+                |_| {},
+                move |kernel| {
+                    if started {
+                        kernel.say(&ToMonitor::Started);
+                    }
+                    end
+                },
+            );
+            let ended = outcome.unwrap();
+            assert_eq!(ended.code, code);
+            assert!(ended.reason.unwrap().contains(word));
+            let instance = scratch.0.open("test").unwrap();
+            assert_eq!(instance.state.phase, Phase::Crashed);
+            instance.remove().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_breaks_the_protocol_is_ended() {
+        let scratch = Scratch::new();
+        let (outcome, _) = run_fake(
+            &scratch.0,
+            |_| {},
+            |kernel| {
+                kernel.frame(CONTROL, &[0xff; 20]);
+                // Ends when the monitor cuts the link.
+                while kernel.hear_frame().is_some() {}
+                End::Exited(0)
+            },
+        );
+        assert!(matches!(outcome, Err(Error::Protocol(_))));
+        assert_eq!(scratch.0.open("test").unwrap().state.phase, Phase::Crashed);
+    }
+
+    #[test]
+    fn connections_reach_the_kernel_and_commands_reach_the_monitor() {
+        let scratch = Scratch::new();
+        let state = scratch.0.clone();
+        let (give, take) = std::sync::mpsc::channel();
+        let commander = std::thread::spawn(move || {
+            take.recv().unwrap();
+            let end = Instant::now() + Duration::from_secs(10);
+            let instance = loop {
+                let instance = state.open("test").unwrap();
+                assert!(instance.alive() && Instant::now() < end);
+                if instance.state.phase == Phase::Running {
+                    break instance;
+                }
+            };
+            let port = instance.state.ports[0].host;
+            let clients: Vec<_> = (0..500)
+                .map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap())
+                .collect();
+            take.recv().unwrap();
+            drop(clients);
+            let mut client = Client::connect(&instance).unwrap();
+            client.ask(Request::Signal(15)).unwrap();
+            assert!(client.wait_end(Duration::from_secs(10)).unwrap());
+            assert!(instance.wait_unlocked(Duration::from_secs(10)).unwrap());
+            assert_eq!(state.open("test").unwrap().state.phase, Phase::Exited);
+        });
+        let (outcome, notes) = run_fake(
+            &scratch.0,
+            |configuration| {
+                configuration.ports = crate::arguments::parse_publish("127.0.0.1:0:80").unwrap()
+            },
+            move |kernel| {
+                kernel.say(&ToMonitor::Started);
+                let address = "0.0.0.0:80".parse().unwrap();
+                kernel.say(&ToMonitor::Listen {
+                    address,
+                    protocol: Protocol::Tcp,
+                });
+                give.send(()).unwrap();
+                let mut accepted = 0;
+                loop {
+                    match kernel.hear() {
+                        Some(ToKernel::Accepted { .. }) => {
+                            accepted += 1;
+                            if accepted == 500 {
+                                give.send(()).unwrap();
+                            }
+                        }
+                        Some(ToKernel::Signal { signal: 15 }) => break,
+                        other => panic!("{other:?}"),
+                    }
+                }
+                kernel.say(&ToMonitor::Exited { code: 143 });
+                End::Exited(0)
+            },
+        );
+        assert_eq!(outcome.unwrap().code, 143);
+        assert_eq!(notes.listening.len(), 1);
+        commander.join().unwrap();
+    }
+
+    #[test]
+    fn volumes_are_served_beside_control_messages() {
+        let scratch = Scratch::new();
+        let shared = scratch.0.path().join("shared");
+        std::fs::create_dir_all(&shared).unwrap();
+        let (outcome, notes) = run_fake(
+            &scratch.0,
+            |configuration| {
+                configuration.volumes = vec![crate::arguments::VolumeMount {
+                    host: shared,
+                    path: "/data".to_owned(),
+                    read_only: false,
+                }];
+            },
+            |kernel| {
+                kernel.say(&ToMonitor::Started);
+                for unique in 1..100u64 {
+                    let mut request = Vec::new();
+                    request.extend(56u32.to_le_bytes());
+                    request.extend(26u32.to_le_bytes());
+                    request.extend(unique.to_le_bytes());
+                    request.extend([0; 24]);
+                    for value in [7u32, 38, 0, 0] {
+                        request.extend(value.to_le_bytes());
+                    }
+                    kernel.frame(FIRST_VOLUME, &request);
+                    kernel.say(&ToMonitor::Log(format!("{unique}")));
+                    let (channel, reply) = kernel.hear_frame().unwrap();
+                    assert_eq!(channel, FIRST_VOLUME);
+                    assert_eq!(reply[8..16], unique.to_le_bytes());
+                }
+                kernel.say(&ToMonitor::Exited { code: 0 });
+                End::Exited(0)
+            },
+        );
+        assert_eq!(outcome.unwrap().code, 0);
+        assert_eq!(notes.remarks.len(), 99);
+    }
+
+    #[test]
+    fn a_kill_ends_even_a_kernel_that_hears_nothing() {
+        let scratch = Scratch::new();
+        let state = scratch.0.clone();
+        let (give, take) = std::sync::mpsc::channel();
+        let commander = std::thread::spawn(move || {
+            take.recv().unwrap();
+            let instance = state.open("test").unwrap();
+            Client::connect(&instance)
+                .unwrap()
+                .ask(Request::Kill)
+                .unwrap();
+        });
+        let (outcome, _) = run_fake(
+            &scratch.0,
+            |_| {},
+            move |kernel| {
+                kernel.say(&ToMonitor::Started);
+                give.send(()).unwrap();
+                while kernel.hear_frame().is_some() {}
+                End::Exited(0)
+            },
+        );
+        assert_eq!(
+            outcome.unwrap(),
+            Ended {
+                code: 137,
+                started: true,
+                reason: None
+            }
+        );
+        commander.join().unwrap();
+    }
+
+    #[test]
+    fn name_servers_are_those_a_program_can_reach() {
+        let text = "# a comment\nsearch x\nnameserver 127.0.0.53\nnameserver 10.0.0.1\n nameserver ::1\nnameserver 2001:db8::1\nnameserver bad\n";
+        let expected: Vec<IpAddr> =
+            vec!["10.0.0.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
+        assert_eq!(name_servers(text), expected);
+    }
+}
