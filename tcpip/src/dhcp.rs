@@ -194,25 +194,20 @@ impl Stack {
             return true;
         };
         match (&client.state, message.message_type) {
-            (State::Discovering, DhcpMessageType::Offer) => {
-                if !message.your_ip.is_unspecified()
-                    && !message.your_ip.is_multicast()
-                    && !message.your_ip.is_broadcast()
-                {
-                    client.state = State::Requesting {
-                        server,
-                        address: message.your_ip,
-                    };
-                    client.retry = RETRY;
-                    client.ask_at = client.asked;
-                }
+            (State::Discovering, DhcpMessageType::Offer) if is_host(message.your_ip) => {
+                client.state = State::Requesting {
+                    server,
+                    address: message.your_ip,
+                };
+                client.retry = RETRY;
+                client.ask_at = client.asked;
             }
             (
                 State::Requesting { server: chosen, .. } | State::Bound { server: chosen, .. },
                 DhcpMessageType::Ack,
             ) if *chosen == server => {
                 let address = message.your_ip;
-                if address.is_unspecified() || address.is_multicast() || address.is_broadcast() {
+                if !is_host(address) {
                     return true;
                 }
                 let lease = u64::from(message.lease_duration.unwrap_or(3600).max(60));
@@ -267,4 +262,12 @@ impl Stack {
         }
         true
     }
+}
+
+/// Whether the address can be that of one host.
+fn is_host(address: Ipv4Addr) -> bool {
+    !address.is_unspecified()
+        && !address.is_multicast()
+        && !address.is_broadcast()
+        && !address.is_loopback()
 }

@@ -48,7 +48,7 @@ impl Fragments {
         let (start, end) = (fragment.offset, fragment.offset + packet.payload.len());
         if end > LONGEST
             || packet.payload.is_empty()
-            || (fragment.more && packet.payload.len() % 8 != 0)
+            || (fragment.more && !packet.payload.len().is_multiple_of(8))
         {
             return None;
         }

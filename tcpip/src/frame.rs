@@ -27,12 +27,6 @@ pub trait FrameSink {
     fn commit(&mut self);
 }
 
-/// Where frames come from.
-pub trait FrameSource {
-    /// The next received frame, valid until the next call.
-    fn receive(&mut self) -> Option<Frame<'_>>;
-}
-
 /// One received Ethernet frame, without a check sequence.
 pub type Frame<'a> = &'a [u8];
 
@@ -143,6 +137,15 @@ impl FrameEncoder {
     #[must_use]
     pub fn pending(&self) -> &[u8] {
         self.buffer.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// Takes the first frame that waits, in place of writing it to a stream.
+    pub(crate) fn take_frame(&mut self) -> Option<Frame<'_>> {
+        let (prefix, _) = self.pending().split_first_chunk::<PREFIX>()?;
+        let length = u32::from_be_bytes(*prefix) as usize;
+        let from = self.start + PREFIX;
+        self.sent(PREFIX + length);
+        self.buffer.get(from..from + length)
     }
 
     /// Says that the first `count` bytes of [`pending`](Self::pending) were written.

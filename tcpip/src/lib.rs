@@ -36,9 +36,7 @@ mod tests;
 
 pub use configuration::{Checksums, Configuration};
 pub use datagram::{Datagram, DatagramKind};
-pub use frame::{
-    Frame, FrameDecoder, FrameEncoder, FrameError, FrameSink, FrameSource, MAXIMUM_FRAME,
-};
+pub use frame::{Frame, FrameDecoder, FrameEncoder, FrameError, FrameSink, MAXIMUM_FRAME};
 pub use link::{Address, Route};
 pub use router::Advertisement;
 pub use socket::{Error, Event, Readiness, Shutdown, SocketId};

@@ -12,7 +12,10 @@ use crate::packet::{ICMP, ICMPV6, IpPacket, TCP, UDP};
 use crate::router::{Advertiser, Solicitor};
 use crate::socket::{Error, Event, Events, Readiness, SocketId};
 use crate::tcp::{Connection, Idle, Listener, Sockets, Tcp};
-use crate::{Address, Configuration, FrameSink, FrameSource, Moment, Route};
+use crate::{Address, Configuration, FrameEncoder, FrameSink, Moment, Route};
+
+/// Bytes of answers that may wait for the next poll.
+const REPLY_BYTES: usize = 1 << 20;
 
 /// One socket of any kind.
 pub(crate) enum Socket {
@@ -37,6 +40,8 @@ pub struct Stack {
     pub(crate) solicitor: Option<Solicitor>,
     pub(crate) advertiser: Option<Advertiser>,
     fragments: Fragments,
+    /// What received frames were answered with at once.
+    replies: FrameEncoder,
     /// The last poll ended for want of room: the owner polls when there is some.
     sink_full: bool,
 }
@@ -57,6 +62,7 @@ impl Stack {
             solicitor: None,
             advertiser: None,
             fragments: Fragments::default(),
+            replies: FrameEncoder::new(REPLY_BYTES),
             sink_full: false,
         }
     }
@@ -145,24 +151,13 @@ impl Stack {
         self.link.add_neighbour(address, mac);
     }
 
-    /// Takes one received Ethernet frame. Call [`poll`](Self::poll) after a batch of them.
-    pub fn receive(&mut self, now: Moment, sink: &mut dyn FrameSink, frame: &[u8]) {
-        if let Some((from, packet)) = self.link.receive(now, sink, frame) {
-            self.receive_packet(now, sink, Some(from), &packet);
+    /// Takes one received Ethernet frame. Call [`poll`](Self::poll) after a batch of them: answers wait until then.
+    pub fn receive(&mut self, now: Moment, frame: &[u8]) {
+        let mut replies = core::mem::replace(&mut self.replies, FrameEncoder::new(0));
+        if let Some((from, packet)) = self.link.receive(now, &mut replies, frame) {
+            self.receive_packet(now, &mut replies, Some(from), &packet);
         }
-    }
-
-    /// Takes all frames of a source, then polls.
-    pub fn receive_all(
-        &mut self,
-        now: Moment,
-        source: &mut dyn FrameSource,
-        sink: &mut dyn FrameSink,
-    ) {
-        while let Some(frame) = source.receive() {
-            self.receive(now, sink, frame);
-        }
-        self.poll(now, sink);
+        self.replies = replies;
     }
 
     /// Takes an IP packet from the link (`from` is the sender's Ethernet address) or the loopback.
@@ -206,6 +201,12 @@ impl Stack {
 
     /// Sends what is to be sent and does what is due.
     pub fn poll(&mut self, now: Moment, sink: &mut dyn FrameSink) {
+        while let Some(frame) = self.replies.take_frame() {
+            if let Some(space) = sink.reserve(frame.len()) {
+                space.copy_from_slice(frame);
+                sink.commit();
+            }
+        }
         self.link.poll(now, sink);
         for bytes in core::mem::take(&mut self.link.undeliverable) {
             self.report(&bytes, Error::HostUnreachable);
@@ -233,6 +234,7 @@ impl Stack {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Moment> {
         [
+            (!self.replies.pending().is_empty()).then_some(Moment::ZERO),
             self.link.next_deadline(),
             self.tcp.next_deadline(),
             self.datagrams.next_deadline(self.sink_full),

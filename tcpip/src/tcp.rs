@@ -1132,9 +1132,7 @@ impl Stack {
         let buffer = self.tcp.buffer_size();
         self.tcp.buffered += 2 * buffer;
         let space = || tcp::SocketBuffer::new(alloc::vec![0; buffer]);
-        let mut storage = Vec::with_capacity(1);
-        storage.push(SocketStorage::EMPTY);
-        let mut set = SocketSet::new(storage);
+        let mut set = SocketSet::new(alloc::vec![SocketStorage::EMPTY]);
         let handle = set.add(tcp::Socket::new(space(), space()));
         Box::new(Connection {
             set,

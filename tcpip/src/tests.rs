@@ -105,9 +105,9 @@ impl Pair {
                         continue;
                     }
                     let to = 1 - from;
-                    self.stacks[to].receive(self.now, &mut self.queues[to], &frame);
+                    self.stacks[to].receive(self.now, &frame);
                     if self.chance(self.faults.repeat) {
-                        self.stacks[to].receive(self.now, &mut self.queues[to], &frame);
+                        self.stacks[to].receive(self.now, &frame);
                     }
                 }
                 let to = 1 - from;
@@ -534,7 +534,7 @@ fn a_flood_of_half_open_connections_is_bounded() {
     pair.stacks[0].add_neighbour(IpAddr::from(SERVER), [2, 0, 0, 0, 0, 2]);
     pair.stacks[0].poll(pair.now, &mut pair.queues[0]);
     for frame in std::mem::take(&mut pair.queues[0].frames) {
-        pair.stacks[1].receive(pair.now, &mut pair.queues[1], &frame);
+        pair.stacks[1].receive(pair.now, &frame);
     }
     pair.stacks[1].poll(pair.now, &mut pair.queues[1]);
     pair.queues[1].frames.clear();
@@ -965,7 +965,7 @@ proptest! {
                 frame.extend_from_slice(&body);
             }
         }
-        pair.stacks[1].receive(pair.now, &mut pair.queues[1], &frame);
+        pair.stacks[1].receive(pair.now, &frame);
         pair.run(Duration::from_secs(1), |_| false);
     }
 }
