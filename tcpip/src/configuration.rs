@@ -38,6 +38,8 @@ pub struct Configuration {
     /// Accept packets to any address, for a gateway: connections and datagrams to addresses that are not the stack's
     /// own are *intercepted* (see [`crate::Event::Intercepted`]) in place of being dropped.
     pub intercept: bool,
+    /// With `intercept`: TCP and UDP to own addresses are intercepted too, where no socket wants them.
+    pub intercept_own: bool,
 }
 
 impl Default for Configuration {
@@ -53,6 +55,7 @@ impl Default for Configuration {
             half_open_maximum: 4096,
             time_wait: Duration::from_secs(10),
             intercept: false,
+            intercept_own: false,
         }
     }
 }

@@ -599,7 +599,7 @@ impl Stack {
         if self.link.is_group(packet.destination) {
             return;
         }
-        if self.intercepts(packet.destination) {
+        if !own && self.link.intercepts(packet.destination) {
             self.intercept(datagram(data));
         } else {
             let transport = message.get(..UDP_HEADER).unwrap_or_default().to_vec();
@@ -634,7 +634,10 @@ impl Stack {
         let identifier = u16::from_be_bytes([header[4], header[5]]);
         match (packet.protocol, header[0]) {
             (ICMP, ECHO_REQUEST) | (ICMPV6, ECHO_REQUEST_V6) => {
-                if self.intercepts(packet.destination) && !self.link.is_group(packet.destination) {
+                if self.link.intercepts(packet.destination)
+                    && !self.link.is_own(packet.destination)
+                    && !self.link.is_group(packet.destination)
+                {
                     let datagram = Datagram {
                         kind: DatagramKind::Echo,
                         source: SocketAddr::new(packet.source, identifier),
@@ -703,10 +706,6 @@ impl Stack {
             }
             _ => {}
         }
-    }
-
-    fn intercepts(&self, destination: IpAddr) -> bool {
-        self.link.intercept && !self.link.is_own(destination)
     }
 
     fn intercept(&mut self, datagram: Datagram) {

@@ -100,7 +100,8 @@ pub(crate) struct Link {
     pub(crate) mac: [u8; 6],
     pub(crate) mtu: usize,
     pub(crate) checksums: Checksums,
-    pub(crate) intercept: bool,
+    intercept: bool,
+    intercept_own: bool,
     addresses: Vec<Address>,
     routes: Vec<Route>,
     neighbours: HashMap<IpAddr, Neighbour>,
@@ -122,6 +123,7 @@ impl Link {
             mtu: configuration.mtu.clamp(1280, 65521),
             checksums: configuration.checksums,
             intercept: configuration.intercept,
+            intercept_own: configuration.intercept_own,
             addresses: alloc::vec![Address {
                 address: IpAddr::V6(link_local(mac)),
                 prefix: 64
@@ -196,6 +198,11 @@ impl Link {
     /// Whether packets to the address stay in this stack.
     pub(crate) fn is_own(&self, address: IpAddr) -> bool {
         address.is_loopback() || self.addresses.iter().any(|own| own.address == address)
+    }
+
+    /// Whether a gateway's owner wants what goes to the address and no socket takes.
+    pub(crate) fn intercepts(&self, address: IpAddr) -> bool {
+        self.intercept && (self.intercept_own || !self.is_own(address))
     }
 
     /// Whether the address is one of many receivers.

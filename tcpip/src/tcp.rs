@@ -1214,7 +1214,7 @@ impl Stack {
                 self.tcp_half_open(now, sink, id, tuple, packet, own);
                 return;
             }
-            if self.tcp.configuration.intercept && !self.link.is_own(packet.destination) {
+            if self.link.intercepts(packet.destination) && !own {
                 self.tcp_intercept(now, sink, tuple, packet);
                 return;
             }
