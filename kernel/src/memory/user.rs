@@ -155,7 +155,6 @@ plain!(
     linux_raw_sys::net::msghdr,
     linux_raw_sys::net::mmsghdr,
     linux_raw_sys::net::cmsghdr,
-    linux_raw_sys::system::sysinfo,
 );
 
 /// A value of zero bytes.
@@ -289,6 +288,20 @@ pub fn read_ranges(address: u64, count: u64) -> Result<Vec<UserRange>> {
         ranges.push(UserRange::new(vector.iov_base as u64, vector.iov_len)?);
     }
     Ok(ranges)
+}
+
+/// Copies within program memory; the ranges do not overlap.
+///
+/// # Errors
+/// `EFAULT`.
+pub fn copy_within(destination: usize, source: usize, length: usize) -> Result<()> {
+    UserRange::new(destination as u64, length as u64)?;
+    UserRange::new(source as u64, length as u64)?;
+    // SAFETY: both ranges were checked to be program memory.
+    match unsafe { copy_raw(destination as *mut u8, source as *const u8, length) } {
+        0 => Ok(()),
+        _ => Err(Errno::EFAULT),
+    }
 }
 
 #[cfg(test)]

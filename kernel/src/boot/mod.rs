@@ -1,0 +1,207 @@
+//! From the shim's call to the program's first instruction.
+
+#![allow(unsafe_code)]
+
+mod loader;
+pub mod symbols;
+
+use alloc::{
+    boxed::Box,
+    format,
+    string::{String, ToString},
+    sync::Arc,
+    vec::Vec,
+};
+
+use kiln_abi::{
+    configuration::RunConfiguration,
+    host::{BootInformation, Engine, MemoryRange, exit_code},
+    link::{ToKernel, ToMonitor},
+    manifest::Manifest,
+};
+
+use crate::{
+    Kernel, Result,
+    cpu::{Cpu, UserContext},
+    fs::{self, Inode, vfs},
+    host::Host,
+    kernel::KernelParts,
+    link::{HostDescriptor, Link, Receiver},
+    memory::RootImage,
+    net::Net,
+    task::{
+        Credentials, FileSystemContext, Process, ProcessStart, Signal, SignalInfo, SignalSet,
+        signal, thread,
+    },
+    trace,
+};
+
+/// Bytes of the first thread's stack.
+pub const STACK_SIZE: usize = 8 << 20;
+
+/// Starts everything; ends with the instance.
+pub fn start(boot: &'static BootInformation) -> ! {
+    // SAFETY: the table is part of the boot information, which the shim keeps for ever.
+    let host = Host::new(&boot.host);
+    match try_start(host, boot) {
+        Ok(kernel) => kernel.run(),
+        Err(message) => {
+            trace::start(host, None);
+            trace::error!("{message}");
+            host.exit(exit_code::CANNOT_START)
+        }
+    }
+}
+
+/// The bytes of a range that the shim has mapped.
+fn bytes(range: MemoryRange) -> &'static [u8] {
+    if range.length == 0 {
+        return &[];
+    }
+    // SAFETY: the shim maps the ranges of the boot information read-only for as long as the kernel runs.
+    unsafe { core::slice::from_raw_parts(range.start as *const u8, range.length) }
+}
+
+fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, String> {
+    let manifest: Manifest = serde_json::from_slice(bytes(boot.manifest))
+        .map_err(|error| format!("the image's manifest is damaged ({error}); build the image again"))?;
+    let configuration: RunConfiguration = match bytes(boot.configuration) {
+        [] => RunConfiguration::default(),
+        text => serde_json::from_slice(text)
+            .map_err(|error| format!("the run's configuration cannot be read: {error}"))?,
+    };
+    trace::start(host, configuration.log.as_deref());
+    let cpu = Cpu::start(&host, boot).map_err(|error| format!("the engine refused the kernel: {error}"))?;
+    let engine = if boot.engine == Engine::Process as u32 { Engine::Process } else { Engine::Vm };
+    let kernel = Kernel::new(KernelParts {
+        host,
+        engine,
+        cpu,
+        manifest,
+        configuration,
+        root_image: RootImage { bytes: bytes(boot.root) },
+        memory_limit: boot.memory_limit,
+    });
+
+    let link = connect(&kernel, boot)?;
+    let root = fs::start(&kernel).map_err(|error| format!("the image's files cannot be used: {error}"))?;
+    kernel.root.call_once(|| root);
+    let device = crate::driver::network(&kernel, boot)?;
+    let network = kernel.configuration.network.clone();
+    kernel.net.call_once(|| Net::new(host, &kernel.events, link.as_ref(), &network, device));
+    start_program(&kernel)?;
+    if let Some(link) = &link {
+        link.set_receiver(Arc::new(Messages(Arc::clone(&kernel))));
+        link.send(&ToMonitor::Started);
+    }
+    Ok(kernel)
+}
+
+fn connect(kernel: &Arc<Kernel>, boot: &'static BootInformation) -> Result<Option<Arc<Link>>, String> {
+    if !kernel.configuration.link {
+        return Ok(None);
+    }
+    let stream = crate::driver::link(kernel, boot)?;
+    let link = Link::new(stream, kernel.host, &kernel.events);
+    kernel.link.call_once(|| Arc::clone(&link));
+    Ok(Some(link))
+}
+
+/// What the monitor says.
+struct Messages(Arc<Kernel>);
+
+impl Receiver for Messages {
+    fn receive(&self, message: ToKernel, descriptor: Option<HostDescriptor>) {
+        let kernel = &self.0;
+        match message {
+            ToKernel::Signal { signal } => {
+                let Some(process) = kernel.process.get() else { return };
+                match Signal::new(u64::from(signal)) {
+                    Ok(signal) => deliver(process, signal),
+                    Err(_) => trace::warn!("the monitor sent signal {signal}, which does not exist"),
+                }
+            }
+            ToKernel::Input(bytes) => fs::console_input(kernel, &bytes),
+            message => kernel.net().receive(message, descriptor),
+        }
+    }
+
+    fn disconnected(&self) {
+        // Without a monitor nobody can stop this instance or hears of its end.
+        trace::error!("the monitor has gone; ending");
+        self.0.host.exit(exit_code::SIGNAL_BASE + i32::from(Signal::HUP.number()))
+    }
+}
+
+/// A signal from outside. The first process of a Linux system ignores signals that it has no handler for; an instance's
+/// program is the user's, who expects `stop` to stop it, so default actions hold.
+fn deliver(process: &Process, signal: Signal) {
+    signal::send_to_process(process, SignalInfo::from_user(signal, 0, 0, 0));
+}
+
+/// The file at an absolute path, whatever its permissions.
+///
+/// # Errors
+/// As `path_resolution(7)`.
+pub fn find_file(kernel: &Kernel, path: &str) -> Result<Arc<dyn Inode>> {
+    let root = kernel.root.get().ok_or(crate::Errno::ENOENT)?;
+    let view = vfs::View {
+        root: root.clone(),
+        working_directory: root.clone(),
+        identity: vfs::Identity::default(),
+        umask: 0,
+    };
+    let walk = view.find(root, path, vfs::Resolve::FOLLOW)?;
+    Ok(Arc::clone(walk.inode()))
+}
+
+fn start_program(kernel: &Arc<Kernel>) -> Result<(), String> {
+    let (manifest, run) = (&kernel.manifest, &kernel.configuration);
+    let path = manifest.program.as_str();
+    let mut arguments = alloc::vec![path.to_string()];
+    arguments.extend(run.arguments.as_ref().unwrap_or(&manifest.arguments).iter().cloned());
+    let mut environment = manifest.environment.clone();
+    environment.extend(run.environment.clone());
+    let environment: Vec<String> = environment.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let user = run.user.unwrap_or(manifest.user);
+    let credentials = Credentials::new(user.uid, user.gid);
+
+    let root = kernel.root.get().ok_or("the file tree is missing")?.clone();
+    let directory = run.working_directory.as_deref().unwrap_or(&manifest.working_directory);
+    let view = vfs::View {
+        root: root.clone(),
+        working_directory: root.clone(),
+        identity: vfs::Identity::default(),
+        umask: 0o22,
+    };
+    let directory = if directory.is_empty() { "/" } else { directory };
+    let working_directory = view
+        .find(&root, directory, vfs::Resolve::FOLLOW)
+        .map(|walk| walk.location())
+        .map_err(|error| format!("the working directory {directory} cannot be entered: {error}"))?;
+
+    let loaded = loader::load(kernel, path, &arguments, &environment, &credentials)
+        .map_err(|error| error.to_string())?;
+    let process = Process::new(
+        kernel,
+        ProcessStart {
+            memory: loaded.memory,
+            file_system: FileSystemContext { root, working_directory, umask: 0o22 },
+            credentials,
+            program: path.to_string(),
+            arguments,
+            environment,
+        },
+    );
+    *process.auxiliary.lock() = loaded.auxiliary;
+    for file in fs::standard_streams(kernel) {
+        process.add_file(file, false).map_err(|error| format!("the console cannot be opened: {error}"))?;
+    }
+    let name = path.rsplit('/').next().unwrap_or(path);
+    let name: String = name.chars().take(15).collect();
+    let main = process.add_thread(&name, SignalSet::default());
+    let context: Box<UserContext> = UserContext::new(loaded.entry, loaded.stack);
+    kernel.process.call_once(|| Arc::clone(&process));
+    kernel.executor.spawn(thread::run(main, context));
+    Ok(())
+}

@@ -1,0 +1,606 @@
+//! The program's address space: which ranges are mapped, from what, with which access.
+//!
+//! The host interface provides the pages; this module keeps the ranges ([`AddressSpace`]) and chooses addresses. It
+//! never looks at page contents except to copy file bytes that cannot be mapped in place.
+
+pub mod user;
+
+use alloc::{
+    collections::BTreeMap,
+    string::{String, ToString},
+    sync::Arc,
+    vec::Vec,
+};
+
+use bitflags::bitflags;
+use kiln_abi::host::{PAGE_SIZE, PROGRAM_END, PROGRAM_START, Protection, Source};
+
+use crate::{
+    Errno, Result,
+    file::Sink,
+    fs::{Inode, MapSource},
+    host::Host,
+};
+
+/// The image's root file system in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct RootImage {
+    /// Its bytes.
+    pub bytes: &'static [u8],
+}
+
+/// Lowest address given out for mappings without a wish.
+const MAP_START: usize = 0x1_0000_0000;
+
+/// `length` rounded up to whole pages; `None` when that overflows.
+#[must_use]
+pub fn page_round_up(length: usize) -> Option<usize> {
+    length.checked_add(PAGE_SIZE - 1).map(|sum| sum & !(PAGE_SIZE - 1))
+}
+
+bitflags! {
+    /// Properties of a range beyond its access.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct AreaFlags: u32 {
+        /// `MAP_SHARED`.
+        const SHARED = 1;
+        /// The heap that `brk(2)` moves.
+        const HEAP = 2;
+        /// The first thread's stack.
+        const STACK = 4;
+    }
+}
+
+/// The file behind a range.
+#[derive(Clone)]
+pub struct AreaFile {
+    /// Keeps it alive.
+    pub inode: Arc<dyn Inode>,
+    /// Absolute path it was opened by.
+    pub path: Arc<str>,
+    /// Offset in the file of the range's first byte.
+    pub offset: u64,
+}
+
+/// A mapped range.
+#[derive(Clone)]
+pub struct Area {
+    /// First address.
+    pub start: usize,
+    /// End (exclusive).
+    pub end: usize,
+    /// Access.
+    pub protection: Protection,
+    /// Properties.
+    pub flags: AreaFlags,
+    /// File, if any.
+    pub file: Option<AreaFile>,
+}
+
+impl Area {
+    fn slice(&self, start: usize, end: usize) -> Area {
+        let mut part = self.clone();
+        if let Some(file) = &mut part.file {
+            file.offset += (start - self.start) as u64;
+        }
+        part.start = start;
+        part.end = end;
+        part
+    }
+
+    fn continues(&self, next: &Area) -> bool {
+        self.end == next.start
+            && self.protection == next.protection
+            && self.flags == next.flags
+            && match (&self.file, &next.file) {
+                (None, None) => true,
+                (Some(a), Some(b)) => {
+                    Arc::ptr_eq(&a.inode, &b.inode) && a.offset + (self.end - self.start) as u64 == b.offset
+                }
+                _ => false,
+            }
+    }
+}
+
+/// Where a new mapping goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// Anywhere; near the address if it is free.
+    Anywhere(usize),
+    /// Exactly there, replacing what is mapped.
+    Fixed(usize),
+    /// Exactly there, or `EEXIST`.
+    FixedIfFree(usize),
+}
+
+/// The ranges of a program's memory.
+pub struct AddressSpace {
+    host: Host,
+    areas: BTreeMap<usize, Area>,
+    /// Mappings without a wish are placed below this, growing down.
+    map_top: usize,
+    /// Start and current end of the heap.
+    heap: (usize, usize),
+    /// Bytes mapped in all.
+    mapped: usize,
+}
+
+impl AddressSpace {
+    /// An empty address space that places mappings below `map_top`.
+    #[must_use]
+    pub fn new(host: Host, map_top: usize) -> AddressSpace {
+        AddressSpace {
+            host,
+            areas: BTreeMap::new(),
+            map_top: map_top.clamp(MAP_START + PAGE_SIZE, PROGRAM_END),
+            heap: (0, 0),
+            mapped: 0,
+        }
+    }
+
+    /// Bytes mapped in all.
+    #[must_use]
+    pub fn mapped(&self) -> usize {
+        self.mapped
+    }
+
+    /// All ranges, lowest first.
+    pub fn areas(&self) -> impl Iterator<Item = &Area> {
+        self.areas.values()
+    }
+
+    /// The range that an address lies in.
+    #[must_use]
+    pub fn area_at(&self, address: usize) -> Option<&Area> {
+        self.areas.range(..=address).next_back().map(|(_, area)| area).filter(|area| address < area.end)
+    }
+
+    /// Whether an address lies in a mapped range.
+    #[must_use]
+    pub fn is_mapped(&self, address: usize) -> bool {
+        self.area_at(address).is_some()
+    }
+
+    /// Whether a whole range is mapped.
+    #[must_use]
+    pub fn is_range_mapped(&self, start: usize, end: usize) -> bool {
+        let mut position = start;
+        while position < end {
+            match self.area_at(position) {
+                Some(area) => position = area.end,
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// Path and offset of the file that an address is mapped from.
+    #[must_use]
+    pub fn file_at(&self, address: usize) -> Option<(String, u64)> {
+        let area = self.area_at(address)?;
+        let file = area.file.as_ref()?;
+        Some((file.path.to_string(), file.offset + (address - area.start) as u64))
+    }
+
+    fn overlaps(&self, start: usize, end: usize) -> bool {
+        self.areas.range(..end).next_back().is_some_and(|(_, area)| area.end > start)
+    }
+
+    /// A free range of `length` bytes below `top`, highest first.
+    fn find_free(&self, length: usize, top: usize) -> Option<usize> {
+        let mut end = top;
+        loop {
+            let start = end.checked_sub(length).filter(|&start| start >= MAP_START)?;
+            match self.areas.range(..end).next_back() {
+                Some((_, area)) if area.end > start => end = area.start,
+                _ => return Some(start),
+            }
+            if end <= MAP_START {
+                return None;
+            }
+        }
+    }
+
+    fn choose(&self, placement: Placement, length: usize) -> Result<usize> {
+        let fits = |address: usize| {
+            address % PAGE_SIZE == 0
+                && address >= PROGRAM_START
+                && address.checked_add(length).is_some_and(|end| end <= PROGRAM_END)
+        };
+        match placement {
+            Placement::Fixed(address) if address % PAGE_SIZE != 0 => Err(Errno::EINVAL),
+            Placement::Fixed(address) if address < PROGRAM_START => Err(Errno::EPERM),
+            Placement::Fixed(address) => fits(address).then_some(address).ok_or(Errno::ENOMEM),
+            Placement::FixedIfFree(address) => {
+                if address % PAGE_SIZE != 0 {
+                    return Err(Errno::EINVAL);
+                }
+                if !fits(address) {
+                    return Err(Errno::ENOMEM);
+                }
+                if self.overlaps(address, address + length) { Err(Errno::EEXIST) } else { Ok(address) }
+            }
+            Placement::Anywhere(wish) => {
+                let wish = wish & !(PAGE_SIZE - 1);
+                if wish != 0 && fits(wish) && !self.overlaps(wish, wish + length) {
+                    return Ok(wish);
+                }
+                self.find_free(length, self.map_top).ok_or(Errno::ENOMEM)
+            }
+        }
+    }
+
+    /// Maps zero bytes. `length` is a multiple of the page size.
+    ///
+    /// # Errors
+    /// `ENOMEM`, `EEXIST`, `EINVAL`; `EACCES` for write with execute.
+    pub fn map_zero(
+        &mut self,
+        placement: Placement,
+        length: usize,
+        protection: Protection,
+        flags: AreaFlags,
+    ) -> Result<usize> {
+        check_access(protection)?;
+        let start = self.choose(placement, length)?;
+        self.forget(start, start + length);
+        self.host.map(start, length, protection, Source::Zero, 0)?;
+        self.remember(Area { start, end: start + length, protection, flags, file: None });
+        Ok(start)
+    }
+
+    /// Maps a file. Pages that the file system can show in place are mapped; others are copied, for private mappings and
+    /// for shared ones that cannot be written. What lies beyond the end of the file reads as zeros.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::map_zero`]; `ENODEV` for a shared writable mapping of a file whose pages cannot be shared.
+    pub fn map_file(
+        &mut self,
+        placement: Placement,
+        length: usize,
+        protection: Protection,
+        flags: AreaFlags,
+        file: AreaFile,
+    ) -> Result<usize> {
+        check_access(protection)?;
+        let shared = flags.contains(AreaFlags::SHARED);
+        let start = self.choose(placement, length)?;
+        let size = file.inode.metadata()?.size;
+        // Find out first what is possible, so that a refusal leaves everything as it was.
+        let mut pieces: Vec<(usize, usize, Option<MapSource>)> = Vec::new();
+        let mut done = 0;
+        while done < length {
+            let position = file.offset + done as u64;
+            let in_file = size.saturating_sub(position);
+            let whole_pages = usize::try_from(in_file).unwrap_or(usize::MAX) & !(PAGE_SIZE - 1);
+            let source = if in_file == 0 { None } else { file.inode.map_source(position)? };
+            let (piece, source) = match source {
+                Some((MapSource::Root(offset), available)) => {
+                    let pages = usize::try_from(available).unwrap_or(usize::MAX) & !(PAGE_SIZE - 1);
+                    match pages.min(whole_pages).min(length - done) {
+                        0 => (PAGE_SIZE, None),
+                        piece => (piece, Some(MapSource::Root(offset))),
+                    }
+                }
+                Some((MapSource::Pool(offset), available)) => {
+                    let pages = page_round_up(usize::try_from(available).unwrap_or(usize::MAX / 2)).unwrap_or(0);
+                    (pages.max(PAGE_SIZE).min(length - done), Some(MapSource::Pool(offset)))
+                }
+                None if in_file == 0 => (length - done, None),
+                None => {
+                    let rest = page_round_up(usize::try_from(in_file).unwrap_or(usize::MAX / 2)).unwrap_or(PAGE_SIZE);
+                    (rest.max(PAGE_SIZE).min(length - done), None)
+                }
+            };
+            let copied_in_place = source.is_none() && in_file > 0;
+            let writable = protection.contains(Protection::WRITE);
+            if shared && writable && (copied_in_place || matches!(source, Some(MapSource::Root(_)))) {
+                return Err(Errno::ENODEV);
+            }
+            pieces.push((done, piece, source));
+            done += piece;
+        }
+        self.forget(start, start + length);
+        for (offset, piece, source) in pieces {
+            let address = start + offset;
+            match source {
+                Some(MapSource::Root(at)) => self.host.map(address, piece, protection, Source::Root, at)?,
+                Some(MapSource::Pool(at)) if shared => {
+                    self.host.map(address, piece, protection, Source::Pool, at)?;
+                }
+                _ => self.map_copied(address, piece, protection, &file, file.offset + offset as u64, size)?,
+            }
+        }
+        self.remember(Area { start, end: start + length, protection, flags, file: Some(file) });
+        Ok(start)
+    }
+
+    /// Maps zero pages and reads a file's bytes into them.
+    fn map_copied(
+        &self,
+        address: usize,
+        length: usize,
+        protection: Protection,
+        file: &AreaFile,
+        position: u64,
+        size: u64,
+    ) -> Result<()> {
+        let bytes = usize::try_from(size.saturating_sub(position)).unwrap_or(usize::MAX).min(length);
+        if bytes == 0 {
+            return self.host.map(address, length, protection, Source::Zero, 0);
+        }
+        let writable = Protection::READ | Protection::WRITE;
+        self.host.map(address, length, writable, Source::Zero, 0)?;
+        let mut done = 0;
+        while done < bytes {
+            let range = user::UserRange { address: address + done, length: bytes - done };
+            match file.inode.read_at(position + done as u64, &mut Sink::user(range))? {
+                0 => break,
+                count => done += count,
+            }
+        }
+        if protection != writable {
+            self.host.protect(address, length, protection)?;
+        }
+        Ok(())
+    }
+
+    /// Unmaps a range.
+    ///
+    /// # Errors
+    /// `EINVAL` for an empty or misaligned range.
+    pub fn unmap(&mut self, start: usize, length: usize) -> Result<()> {
+        let end = check_range(start, length)?;
+        self.forget(start, end);
+        self.host.unmap(start, end - start)
+    }
+
+    /// Changes the access allowed to a range.
+    ///
+    /// # Errors
+    /// `ENOMEM` when part of it is not mapped, `EACCES` for write with execute or for writing a shared read-only file.
+    pub fn protect(&mut self, start: usize, length: usize, protection: Protection) -> Result<()> {
+        if length == 0 {
+            return if start % PAGE_SIZE == 0 { Ok(()) } else { Err(Errno::EINVAL) };
+        }
+        let end = check_range(start, length).map_err(|error| match error {
+            Errno::EINVAL if start % PAGE_SIZE == 0 => Errno::ENOMEM,
+            error => error,
+        })?;
+        check_access(protection)?;
+        if !self.is_range_mapped(start, end) {
+            return Err(Errno::ENOMEM);
+        }
+        let parts = self.cut(start, end);
+        let refused = parts.iter().any(|area| {
+            area.flags.contains(AreaFlags::SHARED)
+                && protection.contains(Protection::WRITE)
+                && !area.protection.contains(Protection::WRITE)
+                && area.file.as_ref().is_some_and(|file| {
+                    !matches!(file.inode.map_source(file.offset), Ok(Some((MapSource::Pool(_), _))))
+                })
+        });
+        let result =
+            if refused { Err(Errno::EACCES) } else { self.host.protect(start, end - start, protection) };
+        for mut area in parts {
+            if result.is_ok() {
+                area.protection = protection;
+            }
+            self.remember(area);
+        }
+        result
+    }
+
+    /// Gives the memory of private ranges back (`MADV_DONTNEED`).
+    ///
+    /// # Errors
+    /// `ENOMEM` when part of the range is not mapped.
+    pub fn discard(&mut self, start: usize, length: usize) -> Result<()> {
+        if length == 0 {
+            return Ok(());
+        }
+        let end = check_range(start, length)?;
+        if !self.is_range_mapped(start, end) {
+            return Err(Errno::ENOMEM);
+        }
+        let mut position = start;
+        while position < end {
+            let Some(area) = self.area_at(position) else { break };
+            let stop = area.end.min(end);
+            let area = area.clone();
+            // Shared file pages stay: dropping them from this mapping changes nothing that can be seen.
+            if !(area.flags.contains(AreaFlags::SHARED) && area.file.is_some()) {
+                let part = area.slice(position, stop);
+                match &part.file {
+                    None => self.host.discard(position, stop - position)?,
+                    Some(file) => {
+                        let (placement, protection) = (Placement::Fixed(position), part.protection);
+                        self.map_file(placement, stop - position, protection, part.flags, file.clone())?;
+                    }
+                }
+            }
+            position = stop;
+        }
+        Ok(())
+    }
+
+    /// Resizes a mapping (`mremap(2)`). `target`: where it must go, if the caller says.
+    ///
+    /// # Errors
+    /// `EFAULT` when the old range is not one mapping, `ENOMEM`, `EINVAL`.
+    pub fn remap(
+        &mut self,
+        start: usize,
+        old_length: usize,
+        new_length: usize,
+        may_move: bool,
+        target: Option<usize>,
+    ) -> Result<usize> {
+        let old_end = check_range(start, old_length)?;
+        let new_length = page_round_up(new_length).filter(|&length| length > 0).ok_or(Errno::EINVAL)?;
+        let area = self.area_at(start).ok_or(Errno::EFAULT)?.clone();
+        if area.end < old_end {
+            return Err(Errno::EFAULT);
+        }
+        let old_length = old_end - start;
+        if target.is_none() && new_length <= old_length {
+            if new_length < old_length {
+                self.unmap(start + new_length, old_length - new_length)?;
+            }
+            return Ok(start);
+        }
+        let grown = start.checked_add(new_length).filter(|&end| end <= PROGRAM_END).ok_or(Errno::ENOMEM)?;
+        if target.is_none() && area.end == old_end && !self.overlaps(old_end, grown) {
+            self.map_like(&area, old_end, grown)?;
+            return Ok(start);
+        }
+        if !may_move {
+            return Err(Errno::ENOMEM);
+        }
+        if area.flags.contains(AreaFlags::SHARED) && area.file.is_none() {
+            return Err(Errno::EINVAL);
+        }
+        let placement = match target {
+            Some(address) => {
+                let end = address.checked_add(new_length).ok_or(Errno::EINVAL)?;
+                if address < old_end && end > start {
+                    return Err(Errno::EINVAL);
+                }
+                Placement::Fixed(address)
+            }
+            None => Placement::Anywhere(0),
+        };
+        let destination = self.choose(placement, new_length)?;
+        let part = area.slice(start, old_end);
+        let copy = old_length.min(new_length);
+        if part.flags.contains(AreaFlags::SHARED) {
+            if let Some(file) = part.file.clone() {
+                let fixed = Placement::Fixed(destination);
+                self.map_file(fixed, new_length, part.protection, part.flags, file)?;
+            }
+        } else {
+            let access = Protection::READ | Protection::WRITE;
+            self.forget(destination, destination + new_length);
+            self.host.map(destination, new_length, access, Source::Zero, 0)?;
+            if !part.protection.contains(Protection::READ) {
+                self.host.protect(start, old_length, Protection::READ)?;
+            }
+            user::copy_within(destination, start, copy)?;
+            if part.protection != access {
+                self.host.protect(destination, new_length, part.protection)?;
+            }
+            self.remember(Area { start: destination, end: destination + new_length, ..part });
+        }
+        self.unmap(start, old_length)?;
+        Ok(destination)
+    }
+
+    /// Extends an area by `[from, to)`.
+    fn map_like(&mut self, area: &Area, from: usize, to: usize) -> Result<()> {
+        let placement = Placement::Fixed(from);
+        match &area.file {
+            None => self.map_zero(placement, to - from, area.protection, area.flags)?,
+            Some(file) => {
+                let offset = file.offset + (from - area.start) as u64;
+                let file = AreaFile { offset, ..file.clone() };
+                self.map_file(placement, to - from, area.protection, area.flags, file)?
+            }
+        };
+        Ok(())
+    }
+
+    /// Sets where the heap starts (after the program's data).
+    pub fn set_heap(&mut self, start: usize) {
+        self.heap = (start, start);
+    }
+
+    /// Moves the end of the heap (`brk(2)`); returns the end afterwards, the old one if it cannot be moved.
+    pub fn move_heap(&mut self, wish: usize) -> usize {
+        let (start, current) = self.heap;
+        if wish < start || wish > PROGRAM_END {
+            return current;
+        }
+        let (Some(old), Some(new)) = (page_round_up(current), page_round_up(wish)) else { return current };
+        if new > old {
+            let access = Protection::READ | Protection::WRITE;
+            if self.overlaps(old, new)
+                || self.map_zero(Placement::Fixed(old), new - old, access, AreaFlags::HEAP).is_err()
+            {
+                return current;
+            }
+        } else if new < old && self.unmap(new, old - new).is_err() {
+            return current;
+        }
+        self.heap.1 = wish;
+        wish
+    }
+
+    /// Start and end of the heap.
+    #[must_use]
+    pub fn heap(&self) -> (usize, usize) {
+        self.heap
+    }
+
+    /// Takes the parts of areas that lie in a range out of the books, and returns them.
+    fn cut(&mut self, start: usize, end: usize) -> Vec<Area> {
+        let mut parts = Vec::new();
+        let first = self.areas.range(..=start).next_back().map_or(start, |(&first, _)| first);
+        let keys: Vec<usize> = self
+            .areas
+            .range(first..end)
+            .filter(|(_, area)| area.end > start)
+            .map(|(&key, _)| key)
+            .collect();
+        for key in keys {
+            let Some(area) = self.areas.remove(&key) else { continue };
+            if area.start < start {
+                self.areas.insert(area.start, area.slice(area.start, start));
+            }
+            if area.end > end {
+                self.areas.insert(end, area.slice(end, area.end));
+            }
+            let part = area.slice(area.start.max(start), area.end.min(end));
+            self.mapped -= part.end - part.start;
+            parts.push(part);
+        }
+        parts
+    }
+
+    fn forget(&mut self, start: usize, end: usize) {
+        self.cut(start, end);
+    }
+
+    /// Puts an area into the books, joined with neighbours that it continues.
+    fn remember(&mut self, mut area: Area) {
+        self.mapped += area.end - area.start;
+        if let Some((&key, before)) = self.areas.range(..area.start).next_back()
+            && before.continues(&area)
+        {
+            let before = before.clone();
+            self.areas.remove(&key);
+            area = Area { end: area.end, ..before };
+        }
+        if let Some(after) = self.areas.get(&area.end)
+            && area.continues(after)
+        {
+            let end = after.end;
+            self.areas.remove(&area.end.clone());
+            area.end = end;
+        }
+        self.areas.insert(area.start, area);
+    }
+}
+
+fn check_access(protection: Protection) -> Result<()> {
+    if protection.contains(Protection::WRITE | Protection::EXECUTE) { Err(Errno::EACCES) } else { Ok(()) }
+}
+
+/// The end of a page-aligned range, its length rounded up.
+fn check_range(start: usize, length: usize) -> Result<usize> {
+    let length = page_round_up(length).ok_or(Errno::EINVAL)?;
+    let end = start.checked_add(length).ok_or(Errno::EINVAL)?;
+    if start % PAGE_SIZE != 0 || length == 0 || start < PROGRAM_START || end > PROGRAM_END {
+        return Err(Errno::EINVAL);
+    }
+    Ok(end)
+}

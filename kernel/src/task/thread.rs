@@ -1,0 +1,294 @@
+//! The life of a thread: run the program, handle its traps, go on.
+
+use alloc::{boxed::Box, string::String, sync::Arc};
+use core::{
+    future::poll_fn,
+    sync::atomic::Ordering,
+    task::Poll,
+};
+
+use kiln_abi::host::{Trap, TrapKind, exit_code, fault_flags};
+
+use super::{
+    Signal, SignalInfo, Thread,
+    executor::yield_now,
+    signal::{self, Delivery, Interrupted},
+};
+use crate::{
+    Errno,
+    cpu::UserContext,
+    memory::user,
+    syscall::{self, Call, Outcome, Restart},
+    trace,
+};
+
+/// System calls after which a thread lets the main loop look at events, even if none is known: so that a program that
+/// never waits still sees the world. (The timer does the same for one that makes no calls.)
+const CALLS_PER_TURN: u32 = 64;
+
+/// Runs a thread until it ends.
+pub async fn run(thread: Arc<Thread>, mut context: Box<UserContext>) {
+    let waker = poll_fn(|task| Poll::Ready(task.waker().clone())).await;
+    *thread.waker.lock() = Some(waker);
+    life(&thread, &mut context).await;
+    thread.kernel().cpu.forget(&mut context);
+    end(&thread);
+}
+
+async fn life(thread: &Arc<Thread>, context: &mut UserContext) {
+    let kernel = Arc::clone(thread.kernel());
+    let mut calls = 0;
+    loop {
+        if thread.has_attention() && !attend(thread, context, None).await {
+            return;
+        }
+        kernel.arm_tick();
+        let (kind, trap) = kernel.cpu.run(context);
+        match kind {
+            TrapKind::SystemCall => {
+                if !system_call(thread, context).await {
+                    return;
+                }
+                calls += 1;
+                if calls >= CALLS_PER_TURN || kernel.cpu.has_pending() {
+                    calls = 0;
+                    kernel.request_events();
+                    yield_now().await;
+                }
+            }
+            TrapKind::Event => {
+                calls = 0;
+                kernel.request_events();
+                yield_now().await;
+            }
+            _ => fault(thread, context, kind, trap),
+        }
+    }
+}
+
+/// Looks at signals and at the end of the process. False when the thread is to end.
+async fn attend(thread: &Arc<Thread>, context: &mut UserContext, interrupted: Option<Interrupted>) -> bool {
+    if thread.process.exiting().is_some() {
+        return false;
+    }
+    match signal::deliver(thread, context, interrupted) {
+        Delivery::Continue => true,
+        Delivery::Terminate(end) => {
+            report_end(thread, context, end);
+            thread.process.exit(exit_code::SIGNAL_BASE + i32::from(end.signal.number()));
+            false
+        }
+        Delivery::Stop => {
+            // Stopped: only SIGCONT or SIGKILL get it going again.
+            let waiting = Arc::clone(thread);
+            poll_fn(move |_| {
+                let wanted = {
+                    let mut set = super::SignalSet::default();
+                    set.insert(Signal::CONT);
+                    set.insert(Signal::KILL);
+                    set
+                };
+                if signal::pending(&waiting).0 & wanted.0 != 0 || waiting.process.exiting().is_some() {
+                    Poll::Ready(())
+                } else {
+                    Poll::Pending
+                }
+            })
+            .await;
+            thread.attention.store(true, Ordering::Relaxed);
+            true
+        }
+    }
+}
+
+/// Makes the system call that the registers describe. False when the thread is to end.
+async fn system_call(thread: &Arc<Thread>, context: &mut UserContext) -> bool {
+    let registers = &context.registers;
+    let number = registers.rax;
+    let arguments =
+        [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9];
+    let outcome = syscall::table::dispatch(&mut Call { thread, context, arguments }, number);
+    let result = match outcome {
+        Outcome::Done(result) => result,
+        Outcome::Registers => return true,
+        Outcome::Exit => return false,
+        Outcome::Wait(mut future, restart) => {
+            let waited = poll_fn(|task| {
+                if let Poll::Ready(result) = future.as_mut().poll(task) {
+                    return Poll::Ready(Some(result));
+                }
+                if thread.has_attention() && needs_interruption(thread) {
+                    return Poll::Ready(None);
+                }
+                Poll::Pending
+            })
+            .await;
+            drop(future);
+            match waited {
+                Some(result) => result,
+                None => {
+                    trace::system_call(thread, number, &arguments, None);
+                    let interrupted = Interrupted { number, restartable: restart == Restart::WithFlag };
+                    return attend(thread, context, Some(interrupted)).await;
+                }
+            }
+        }
+    };
+    trace::system_call(thread, number, &arguments, Some(result));
+    context.registers.rax = match result {
+        Ok(value) => value,
+        Err(error) => (-i64::from(error.number())) as u64,
+    };
+    true
+}
+
+/// Whether a waiting call must be given up: the end, or a signal that is not blocked.
+fn needs_interruption(thread: &Thread) -> bool {
+    if thread.process.exiting().is_some() {
+        return true;
+    }
+    let mask = thread.signals.lock().mask();
+    signal::pending(thread).0 & !mask.0 != 0
+}
+
+/// Turns a fault of the program into a signal.
+fn fault(thread: &Arc<Thread>, context: &mut UserContext, kind: TrapKind, trap: Trap) {
+    let address = trap.address;
+    let rip = context.registers.rip;
+    let info = match kind {
+        TrapKind::MemoryFault => {
+            // SEGV_ACCERR where something is mapped, else SEGV_MAPERR.
+            let mapped = thread.process.memory.lock().is_mapped(address as usize)
+                || trap.flags & fault_flags::PRESENT != 0;
+            SignalInfo::fault(Signal::SEGV, if mapped { 2 } else { 1 }, address)
+        }
+        TrapKind::Protection => SignalInfo::from_kernel(Signal::SEGV),
+        TrapKind::Bus => SignalInfo::fault(Signal::BUS, 2, address),
+        TrapKind::Alignment => SignalInfo::fault(Signal::BUS, 1, address),
+        TrapKind::InvalidInstruction => SignalInfo::fault(Signal::ILL, 2, rip),
+        TrapKind::Divide => SignalInfo::fault(Signal::FPE, 1, rip),
+        TrapKind::FloatingPoint => SignalInfo::fault(Signal::FPE, 3, rip),
+        TrapKind::Breakpoint => SignalInfo::from_kernel(Signal::TRAP),
+        TrapKind::Debug => SignalInfo::fault(Signal::TRAP, 2, rip),
+        TrapKind::None | TrapKind::SystemCall | TrapKind::Event => return,
+    };
+    signal::force(thread, info);
+}
+
+/// Says on the log what Linux's log would: which signal, where, the registers, and how the program got there.
+fn report_end(thread: &Arc<Thread>, context: &UserContext, end: signal::SignalInfoEnd) {
+    let fatal = matches!(
+        end.signal,
+        Signal::SEGV | Signal::BUS | Signal::ILL | Signal::FPE | Signal::TRAP | Signal::SYS | Signal::ABRT
+    );
+    if !fatal {
+        trace::info!("program ended by {:?}", end.signal);
+        return;
+    }
+    let r = &context.registers;
+    let name = thread.name.lock().clone();
+    trace::error!("{name}[{}]: {:?} (code {}) at address {:#x}, instruction {:#x} {}",
+        thread.id,
+        end.signal,
+        end.code,
+        end.address,
+        r.rip,
+        place(thread, r.rip)
+    );
+    trace::error!("rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}", r.rax, r.rbx, r.rcx, r.rdx);
+    trace::error!("rsi {:016x} rdi {:016x} rbp {:016x} rsp {:016x}", r.rsi, r.rdi, r.rbp, r.rsp);
+    trace::error!("r8  {:016x} r9  {:016x} r10 {:016x} r11 {:016x}", r.r8, r.r9, r.r10, r.r11);
+    trace::error!("r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}", r.r12, r.r13, r.r14, r.r15);
+    trace::error!("flags {:08x} fs {:016x}", r.rflags, context.fs_base);
+    let mut frame = r.rbp;
+    for depth in 0..32 {
+        let (Ok(next), Ok(address)) = (user::read::<u64>(frame), user::read::<u64>(frame.wrapping_add(8))) else {
+            break;
+        };
+        if address == 0 || next <= frame {
+            break;
+        }
+        trace::error!("  #{depth} {address:#x} {}", place(thread, address));
+        frame = next;
+    }
+}
+
+/// Which mapped file an address lies in, and where in it; with the symbol if the file has symbols.
+fn place(thread: &Thread, address: u64) -> String {
+    let found = thread.process.memory.lock().file_at(address as usize);
+    match found {
+        Some((path, offset)) => {
+            let symbol = crate::boot::symbols::lookup(thread.kernel(), &path, offset);
+            match symbol {
+                Some((name, distance)) => alloc::format!("({name}+{distance:#x} in {path}+{offset:#x})"),
+                None => alloc::format!("({path}+{offset:#x})"),
+            }
+        }
+        None => String::new(),
+    }
+}
+
+/// The end of a thread: tells those who wait for it.
+fn end(thread: &Arc<Thread>) {
+    release_robust_futexes(thread);
+    let clear = thread.clear_on_exit.load(Ordering::Relaxed);
+    if clear != 0 && user::write(clear, &0u32).is_ok() {
+        thread.process.futexes.wake(clear, 1, super::futex::ANY);
+    }
+    let process = &thread.process;
+    process.cpu_time.fetch_add(thread.cpu_time.load(Ordering::Relaxed), Ordering::Relaxed);
+    *thread.waker.lock() = None;
+    let last = {
+        let mut threads = process.threads.lock();
+        threads.remove(&thread.id);
+        threads.is_empty()
+    };
+    if last {
+        let code = process.exiting().unwrap_or(0);
+        thread.kernel().shut_down(process, code);
+    }
+}
+
+/// Marks the futexes that a thread held as ownerless (`get_robust_list(2)`, `struct robust_list_head`).
+fn release_robust_futexes(thread: &Thread) {
+    const OWNER_DIED: u32 = 0x4000_0000;
+    const WAITERS: u32 = 0x8000_0000;
+    const OWNER: u32 = 0x3fff_ffff;
+    let head = thread.robust_list.load(Ordering::Relaxed);
+    if head == 0 {
+        return;
+    }
+    let walk = || -> Result<(), Errno> {
+        let offset = user::read::<i64>(head + 8)?;
+        let pending = user::read::<u64>(head + 16)?;
+        let release = |entry: u64| -> Result<(), Errno> {
+            let address = (entry & !1).wrapping_add_signed(offset);
+            let word = user::read::<u32>(address)?;
+            if word & OWNER == thread.id {
+                user::write(address, &((word & WAITERS) | OWNER_DIED))?;
+                if word & WAITERS != 0 {
+                    thread.process.futexes.wake(address, 1, super::futex::ANY);
+                }
+            }
+            Ok(())
+        };
+        let mut entry = user::read::<u64>(head)?;
+        // A list that the program broke may be circular: Linux gives up after this many, too.
+        for _ in 0..2048 {
+            if entry & !1 == head {
+                break;
+            }
+            let next = user::read::<u64>(entry & !1)?;
+            if entry != pending {
+                release(entry)?;
+            }
+            entry = next;
+        }
+        if pending != 0 {
+            release(pending)?;
+        }
+        Ok(())
+    };
+    // A bad pointer in the list ends the walk, as in Linux.
+    let _ = walk();
+}
