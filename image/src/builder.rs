@@ -10,6 +10,8 @@ use kiln_abi::manifest::Manifest;
 use crate::{
     Error, Result, Source, erofs, file, program,
     project::{Include, check_name},
+    rewrite,
+    tree::{Content, Node},
 };
 
 pub use crate::file::Guest;
@@ -29,7 +31,7 @@ pub struct BuildOptions<'a> {
     pub system_root: PathBuf,
     /// No file in the image is later (seconds since 1970). Default: `SOURCE_DATE_EPOCH`.
     pub latest_time: Option<i64>,
-    /// Turn system call instructions into jumps .
+    /// Turn system call instructions into jumps (see [`crate::rewrite`]).
     pub rewrite_system_calls: bool,
 }
 
@@ -114,8 +116,8 @@ pub fn build(
         value: name.clone(),
         reason,
     })?;
-    let packed = program::pack(source, options, name)?;
-    if let Some(missing) = packed.missing.into_iter().next() {
+    let mut packed = program::pack(source, options, name)?;
+    if let Some(missing) = packed.missing.drain(..).next() {
         return Err(Error::MissingLibrary {
             library: missing.library,
             needed_by: missing.needed_by,
@@ -123,9 +125,20 @@ pub fn build(
         });
     }
 
+    if options.rewrite_system_calls {
+        progress.step(Step::Rewriting, None);
+        packed.tree.change_contents(&mut |content| {
+            if content.length() < 64 || !content.start()?.starts_with(b"\x7fELF") {
+                return Ok(None);
+            }
+            let rewritten = rewrite::rewrite(&content.read()?);
+            Ok(rewritten.map(|(bytes, _)| Content::Bytes(bytes.into())))
+        })?;
+    }
+
     let mut total = 0;
     packed.tree.walk(&mut |_, node| {
-        if let crate::tree::Node::File { content, .. } = node {
+        if let Node::File { content, .. } = node {
             total += content.length();
         }
         Ok(())
@@ -195,5 +208,148 @@ impl std::io::Write for Counting<'_> {
 
     fn flush(&mut self) -> std::io::Result<()> {
         self.inner.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Image, file::tests::shim};
+
+    struct Temporary(PathBuf);
+
+    impl Temporary {
+        fn new(name: &str) -> Self {
+            let path =
+                std::env::temp_dir().join(format!("kiln-builder-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Temporary {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn built(
+        source: &Path,
+        output: &Path,
+        change: &dyn Fn(&mut BuildOptions<'_>),
+    ) -> Result<Built> {
+        let shim = shim(kiln_abi::image::SHIM_PHYSICAL, None);
+        let guest = Guest {
+            kernel: b"\x7fELF kernel",
+            vm_shim: &shim,
+        };
+        let mut options = BuildOptions::new(guest);
+        options.site_server = Some(PathBuf::from("/bin/true"));
+        change(&mut options);
+        build(&Source::detect(source)?, &options, output, &mut NoProgress)
+    }
+
+    /// The root of an image, for an independent reader.
+    fn root_of(path: &Path) -> Vec<u8> {
+        let root = Image::open(path).unwrap().root();
+        let bytes = fs::read(path).unwrap();
+        bytes[root.offset as usize..][..root.length as usize].to_vec()
+    }
+
+    fn read(root: &[u8], path: &str) -> Vec<u8> {
+        let system = erofs_rs::EroFS::new(erofs_rs::backend::SliceImage::new(root)).unwrap();
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut system.open(path).unwrap(), &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_program_becomes_an_image_that_holds_it_and_its_loader() {
+        let temporary = Temporary::new("program");
+        let (source, output) = (PathBuf::from("/bin/true"), temporary.0.join("x.kiln"));
+        let built = built(&source, &output, &|_| {}).unwrap();
+        let image = Image::open(&output).unwrap();
+        assert!(Image::is_image(&output));
+        assert_eq!(image.manifest(), &built.manifest);
+        assert_eq!(image.root().length, built.root_length);
+        let root = root_of(&output);
+        let program = fs::canonicalize(&built.manifest.program).unwrap();
+        assert_eq!(
+            read(&root, program.to_str().unwrap()),
+            fs::read(&source).unwrap()
+        );
+        assert!(read(&root, "/etc/passwd").starts_with(b"root:x:0:0:"));
+        assert!(read(&root, "/etc/ld.so.cache").starts_with(b"glibc-ld.so.cache1.1"));
+        assert_eq!(fs::read_dir(&temporary.0).unwrap().count(), 1);
+        let inspection = crate::inspect(&image).unwrap();
+        assert!(
+            serde_json::to_string(&inspection)
+                .unwrap()
+                .contains(&image.digest().unwrap())
+        );
+    }
+
+    #[test]
+    fn the_same_source_gives_the_same_image() {
+        let temporary = Temporary::new("same");
+        let mut images = Vec::new();
+        for name in ["a", "b"] {
+            // In another place, made in another order, at another time.
+            let directory = temporary.0.join(name).join("blog");
+            fs::create_dir_all(&directory).unwrap();
+            let mut files = ["index.html", "x.css", "404.html"];
+            if name == "b" {
+                files.reverse();
+            }
+            for file in files {
+                fs::write(directory.join(file), file).unwrap();
+            }
+            let output = temporary.0.join(name).join("x.kiln");
+            built(&directory, &output, &|options| {
+                options.latest_time = Some(1_000_000)
+            })
+            .unwrap();
+            images.push(fs::read(output).unwrap());
+        }
+        assert!(images[0] == images[1]);
+    }
+
+    #[test]
+    fn rewriting_keeps_the_rest_of_the_image() {
+        let temporary = Temporary::new("rewriting");
+        let (source, output) = (PathBuf::from("/bin/true"), temporary.0.join("x.kiln"));
+        built(&source, &output, &|options| {
+            options.rewrite_system_calls = true
+        })
+        .unwrap();
+        let root = root_of(&output);
+        let path = fs::canonicalize("/lib64/ld-linux-x86-64.so.2").unwrap();
+        let loader = read(&root, path.to_str().unwrap());
+        let original = fs::read(path).unwrap();
+        assert!(loader.len() > original.len());
+        assert_eq!(
+            crate::elf::parse(&loader).unwrap().segments.len(),
+            crate::elf::parse(&original).unwrap().segments.len() + 1
+        );
+    }
+
+    #[test]
+    fn nothing_is_left_behind_when_a_build_fails() {
+        let temporary = Temporary::new("fails");
+        let site = temporary.0.join("site");
+        fs::create_dir_all(&site).unwrap();
+        fs::write(site.join("index.html"), "x").unwrap();
+        let output = temporary.0.join("x.kiln");
+        let error = built(&site, &output, &|options| options.site_server = None).unwrap_err();
+        assert!(error.to_string().contains("site server"));
+        let error =
+            built(&site, &output, &|options| options.name = Some("a b".into())).unwrap_err();
+        assert!(error.to_string().starts_with("name `a b`:"));
+        let error = built(&site, &output, &|options| options.guest.kernel = b"").unwrap_err();
+        assert_eq!(error.to_string(), "the built-in kernel: is no ELF file");
+        let error = built(&site, &temporary.0.join("no/x.kiln"), &|_| {}).unwrap_err();
+        assert!(error.to_string().starts_with("cannot create"));
+        assert_eq!(fs::read_dir(&temporary.0).unwrap().count(), 1);
     }
 }

@@ -303,7 +303,7 @@ impl Elf {
                 elf::DT_RUNPATH => self.runpath = Some(string(value)?),
                 elf::DT_SONAME => self.soname = Some(string(value)?),
                 elf::DT_TEXTREL => self.text_relocations = true,
-                elf::DT_FLAGS if value & u64::from(elf::DF_TEXTREL.0) != 0 => {
+                elf::DT_FLAGS if value & elf::DF_TEXTREL.0 != 0 => {
                     self.text_relocations = true;
                 }
                 _ => {}

@@ -60,7 +60,7 @@ pub struct Guest<'a> {
 }
 
 /// A piece of a file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Extent {
     /// First byte. A multiple of the page size.
     pub offset: u64,

@@ -11,6 +11,7 @@
 //! * [`file`](mod@file): the image file: writing, opening, checking;
 //! * [`builder`]: source in, image file out;
 //! * [`store`]: images by digest and name;
+//! * [`inspect`](mod@inspect): what an image says about itself;
 //! * [`code`]: the instructions of programs: where they make which system calls;
 //! * [`check`](mod@check): what will not work, before it is started;
 //! * [`rewrite`](mod@rewrite): system call instructions turned into jumps.
@@ -28,6 +29,7 @@ pub mod elf;
 pub mod erofs;
 pub mod error;
 pub mod file;
+pub mod inspect;
 pub mod program;
 pub mod project;
 pub mod rewrite;
@@ -40,6 +42,7 @@ pub use builder::{BuildOptions, Built, Guest, NoProgress, Progress, build};
 pub use check::{Finding, Severity, Support, check};
 pub use error::{Error, Kind, Result};
 pub use file::Image;
+pub use inspect::{Inspection, inspect};
 pub use project::Include;
 pub use source::Source;
 pub use store::Store;

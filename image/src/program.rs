@@ -1340,7 +1340,7 @@ mod tests {
         std::os::unix::fs::symlink("posts/a.html", temporary.0.join("inside")).unwrap();
         std::os::unix::fs::symlink("/etc/hostname", temporary.0.join("outside")).unwrap();
         let mut options = options();
-        options.site_server = Some(std::env::current_exe().unwrap());
+        options.site_server = Some("/bin/true".into());
         let source = Source::detect(&temporary.0).unwrap();
         let packed = pack(&source, &options, "x".into()).unwrap();
         assert_eq!(packed.manifest.program, SITE_SERVER);

@@ -13,8 +13,8 @@
 //! * no jump, call, function or unwinding leads between the replaced instructions. One single instruction of five
 //!   bytes or more (the usual `mov eax, N`) leaves no such place at all. Several are taken only in functions without
 //!   indirect jumps and landing pads, and no direct jump in the whole file may lead between them;
-//! * the replaced instructions go straight on and mean the same at another address (operands relative to RIP are
-//!   adjusted);
+//! * the replaced instructions mean the same at another address: operands relative to RIP are adjusted, conditional
+//!   jumps get their long form, and nothing else that jumps or calls is moved;
 //! * it is not `rt_sigreturn`, whose bytes unwinders recognise.
 //!
 //! A file that cannot be extended (no program header to spare), or whose text is relocated, is left alone.
@@ -159,7 +159,7 @@ fn movable<'a>(
     loop {
         let previous = start.checked_sub(1).ok_or(Reason::NoRoom)?;
         let instruction = instructions.get(previous).ok_or(Reason::NoRoom)?;
-        if instruction.flow_control() != FlowControl::Next
+        if !(instruction.flow_control() == FlowControl::Next || is_conditional_jump(instruction))
             || instruction.is_invalid()
             || instruction.ip() < taken_to
         {
@@ -186,6 +186,19 @@ fn movable<'a>(
     Ok(window)
 }
 
+/// A jump on a condition of the flags, not on RCX.
+fn is_conditional_jump(instruction: &Instruction) -> bool {
+    instruction.is_jcc_short_or_near()
+}
+
+/// The condition's four bits, which both forms of such a jump end their opcode with.
+fn condition(bytes: &[u8]) -> Option<u8> {
+    match *bytes {
+        [opcode @ 0x70..=0x7f, _] | [0x0f, opcode @ 0x80..=0x8f, _, _, _, _] => Some(opcode & 0xf),
+        _ => None,
+    }
+}
+
 /// The instructions of a stub.
 fn stub(
     code: &Code<'_>,
@@ -204,6 +217,13 @@ fn stub(
             .bytes_at(instruction.ip(), instruction.next_ip())
             .filter(|bytes| bytes.len() == instruction.len())
             .ok_or(Reason::Fixed)?;
+        if is_conditional_jump(instruction) {
+            // Its long form: 0f 8x rel32.
+            stub.extend_from_slice(&[0x0f, 0x80 | condition(bytes).ok_or(Reason::Fixed)?]);
+            let next = address + stub.len() as u64 + 4;
+            stub.extend_from_slice(&relative(next, instruction.near_branch_target())?);
+            continue;
+        }
         let at = stub.len();
         stub.extend_from_slice(bytes);
         if instruction.is_ip_rel_memory_operand() {

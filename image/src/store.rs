@@ -351,7 +351,7 @@ mod tests {
         };
         let mut options = BuildOptions::new(guest);
         options.name = Some(name.into());
-        options.site_server = Some(std::env::current_exe().unwrap());
+        options.site_server = Some("/bin/true".into());
         let source = Source::detect(directory)?;
         store
             .build(&source, &options, &mut NoProgress)

@@ -385,6 +385,35 @@ impl Tree {
         Ok(())
     }
 
+    /// Gives regular files new contents: what `change` returns, if it returns something.
+    ///
+    /// # Errors
+    ///
+    /// Those of `change`.
+    pub fn change_contents(
+        &mut self,
+        change: &mut dyn FnMut(&Content) -> Result<Option<Content>>,
+    ) -> Result<()> {
+        fn descend(
+            directory: &mut Directory,
+            change: &mut dyn FnMut(&Content) -> Result<Option<Content>>,
+        ) -> Result<()> {
+            for node in directory.entries.values_mut() {
+                match node {
+                    Node::Directory(directory) => descend(directory, change)?,
+                    Node::File { content, .. } => {
+                        if let Some(new) = change(content)? {
+                            *content = new;
+                        }
+                    }
+                    Node::Link { .. } => {}
+                }
+            }
+            Ok(())
+        }
+        descend(&mut self.root, change)
+    }
+
     /// Calls `visit` for every node below `/` with its path, parents before children, names in the order of bytes.
     ///
     /// # Errors
