@@ -1,1 +1,303 @@
-//! Helpers of the end-to-end tests.
+//! What the end-to-end tests share: the command under test, its state, free ports, waiting with a deadline.
+//!
+//! The tests use `kiln` as a user does, through its command line, and real clients (curl, redis-cli, wrk).
+//! Each has a state directory of its own, so that they run side by side and leave nothing
+//! behind: whatever a test started is ended when its [`Kiln`] is dropped.
+//!
+//! The command is `target/release/kiln`, or what the environment variable `KILN` names.
+//! `KILN_TEST_ENGINES` (such as `process`) limits the engines that are tested.
+
+#![forbid(unsafe_code)]
+
+use std::{
+    ffi::OsStr,
+    net::TcpListener,
+    os::unix::process::ExitStatusExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::Mutex,
+    thread,
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+
+pub mod programs;
+
+/// How long one run of a program may take. Generous: machines are slow and busy at times, and emulation slower.
+pub const RUN_DEADLINE: Duration = Duration::from_secs(120);
+/// How long something that comes by itself (a server's first answer) may take.
+pub const EVENT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The root of the checkout.
+#[must_use]
+pub fn workspace() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+/// The command under test.
+///
+/// # Panics
+///
+/// When it has not been built.
+#[must_use]
+pub fn kiln() -> PathBuf {
+    if let Some(path) = std::env::var_os("KILN") {
+        return path.into();
+    }
+    // A test runs as target/PROFILE/deps/NAME, so this also finds another target directory.
+    let test = std::env::current_exe().expect("a test has a path");
+    let target = test
+        .ancestors()
+        .nth(3)
+        .expect("a test lies in the target directory");
+    let path = target.join("release/kiln");
+    assert!(
+        path.exists(),
+        "{} is missing: run `cargo build --release` first",
+        path.display()
+    );
+    path
+}
+
+/// The engines to test.
+#[must_use]
+pub fn engines() -> Vec<String> {
+    std::env::var("KILN_TEST_ENGINES")
+        .unwrap_or_else(|_| "process,qemu".to_owned())
+        .split(',')
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The command with a state of its own.
+pub struct Kiln {
+    folder: TempDir,
+    /// Instances to end.
+    started: Mutex<Vec<String>>,
+}
+
+impl Default for Kiln {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Kiln {
+    /// A fresh state.
+    ///
+    /// # Panics
+    ///
+    /// When there is no place for it.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            folder: tempfile::tempdir().expect("a temporary directory"),
+            started: Mutex::default(),
+        }
+    }
+
+    /// A directory for the test's own files. It goes with the state.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The command, with arguments.
+    #[must_use]
+    pub fn command<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
+        let mut command = Command::new(kiln());
+        command
+            .args(arguments)
+            .env("KILN_STATE", self.folder.path().join("state"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the command to its end.
+    pub fn run<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Outcome {
+        run(&mut self.command(arguments), RUN_DEADLINE)
+    }
+
+    /// Runs the command, which must succeed; gives its standard output.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    pub fn succeed<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> String {
+        let mut command = self.command(arguments);
+        let outcome = run(&mut command, RUN_DEADLINE);
+        assert_eq!(outcome.code(), 0, "{command:?}\n{outcome}");
+        outcome.output
+    }
+
+    /// Builds an image of `source` in the test's folder.
+    pub fn build(&self, source: &Path) -> PathBuf {
+        let name = source.file_name().unwrap_or(OsStr::new("image"));
+        let image = self.folder.path().join(name).with_added_extension("kiln");
+        self.succeed([
+            OsStr::new("build"),
+            OsStr::new("-o"),
+            image.as_os_str(),
+            source.as_os_str(),
+        ]);
+        image
+    }
+
+    /// Starts an instance in the background: `run -d --name NAME` and the arguments.
+    pub fn start(&self, name: &str, arguments: &[&str]) {
+        // Noted before: a failed start may leave something, too.
+        self.started
+            .lock()
+            .expect("no test panics with this lock")
+            .push(name.to_owned());
+        self.succeed(["run", "-d", "--name", name].iter().chain(arguments));
+    }
+}
+
+impl Drop for Kiln {
+    fn drop(&mut self) {
+        let started = std::mem::take(
+            self.started
+                .get_mut()
+                .unwrap_or_else(|error| error.into_inner()),
+        );
+        for name in started {
+            // The test may have ended it itself, so failures are expected.
+            run(&mut self.command(["kill", &name]), RUN_DEADLINE);
+            run(&mut self.command(["rm", &name]), RUN_DEADLINE);
+        }
+    }
+}
+
+/// What a command printed and how it ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Standard output, with what is not UTF-8 replaced.
+    pub output: String,
+    /// Standard error, the same way.
+    pub errors: String,
+    /// How it ended; nothing when it had to be killed at its deadline.
+    pub status: Option<ExitStatus>,
+}
+
+impl Outcome {
+    /// The exit code as a shell says it: 128 and the number for a signal. 1000 for a command that had to be killed at
+    /// its deadline, which no command can give.
+    #[must_use]
+    pub fn code(&self) -> i32 {
+        match self.status {
+            Some(status) => status
+                .code()
+                .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
+            None => 1000,
+        }
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.status {
+            Some(status) => writeln!(formatter, "{status}")?,
+            None => writeln!(formatter, "killed at its deadline")?,
+        }
+        write!(
+            formatter,
+            "-- standard output\n{}-- standard error\n{}",
+            self.output, self.errors
+        )
+    }
+}
+
+/// Runs a command until it ends or its deadline is over.
+///
+/// # Panics
+///
+/// When it cannot be started.
+pub fn run(command: &mut Command, deadline: Duration) -> Outcome {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    let output = collect(child.stdout.take());
+    let errors = collect(child.stderr.take());
+    let status = wait(&mut child, deadline);
+    if status.is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    Outcome {
+        output: output.join().unwrap_or_default(),
+        errors: errors.join().unwrap_or_default(),
+        status,
+    }
+}
+
+fn collect(stream: Option<impl std::io::Read + Send + 'static>) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut stream) = stream {
+            // A broken stream ends what there is to see.
+            let _ = stream.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// Waits for a child to end; nothing when its deadline is over.
+pub fn wait(child: &mut Child, deadline: Duration) -> Option<ExitStatus> {
+    let end = Instant::now() + deadline;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if Instant::now() < end => thread::sleep(Duration::from_millis(2)),
+            _ => return None,
+        }
+    }
+}
+
+/// Tries again until there is an answer.
+///
+/// # Panics
+///
+/// When there is none within [`EVENT_DEADLINE`]; `what` says what was waited for.
+pub fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + EVENT_DEADLINE;
+    loop {
+        if let Some(answer) = attempt() {
+            return answer;
+        }
+        assert!(
+            Instant::now() < end,
+            "waited {EVENT_DEADLINE:?} in vain for {what}"
+        );
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A TCP port of the loopback interface that nobody uses.
+///
+/// # Panics
+///
+/// When there is none.
+#[must_use]
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener
+        .local_addr()
+        .expect("a bound socket has an address")
+        .port()
+}
+
+/// Whether a tool is installed.
+///
+/// # Panics
+///
+/// When it is not: `tests/tools/install` installs all of them.
+pub fn need(tool: &str) {
+    let found = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(tool).exists()))
+        || Path::new("/usr/sbin").join(tool).exists();
+    assert!(found, "{tool} is missing: run tests/tools/install");
+}
