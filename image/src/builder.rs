@@ -21,8 +21,8 @@ pub use crate::file::Guest;
 pub struct BuildOptions<'a> {
     /// The freestanding programs that go into the image.
     pub guest: Guest<'a>,
-    /// ELF file of the site server, needed for sites.
-    pub site_server: Option<PathBuf>,
+    /// The site server's ELF file, needed for sites.
+    pub site_server: Option<&'a [u8]>,
     /// Name of the image; none: the project's, or the source's.
     pub name: Option<String>,
     /// Files and directories to add.
@@ -244,8 +244,9 @@ mod tests {
             kernel: b"\x7fELF kernel",
             vm_shim: &shim,
         };
+        let server = fs::read("/bin/true").unwrap();
         let mut options = BuildOptions::new(guest);
-        options.site_server = Some(PathBuf::from("/bin/true"));
+        options.site_server = Some(&server);
         change(&mut options);
         build(&Source::detect(source)?, &options, output, &mut NoProgress)
     }

@@ -388,18 +388,14 @@ impl Packing<'_> {
     }
 
     fn site(&mut self, directory: &Path, manifest: &mut Manifest) -> Result<()> {
-        let Some(server) = &self.options.site_server else {
+        let Some(server) = self.options.site_server else {
             return Err(Error::BadSource {
                 path: directory.into(),
                 reason: "is a site, and the site server is not there".into(),
-                remedy: "build it: cargo build --release -p kiln-site-server".into(),
+                remedy: "use a kiln that was built with it".into(),
             });
         };
-        let metadata = fs::metadata(server).map_err(Error::io("read", server))?;
-        let content = Content::Host {
-            path: server.clone(),
-            length: metadata.len(),
-        };
+        let content = Content::Bytes(server.into());
         let server = Node::File {
             content,
             metadata: Metadata {
@@ -1340,7 +1336,8 @@ mod tests {
         std::os::unix::fs::symlink("posts/a.html", temporary.0.join("inside")).unwrap();
         std::os::unix::fs::symlink("/etc/hostname", temporary.0.join("outside")).unwrap();
         let mut options = options();
-        options.site_server = Some("/bin/true".into());
+        let server = fs::read("/bin/true").unwrap();
+        options.site_server = Some(&server);
         let source = Source::detect(&temporary.0).unwrap();
         let packed = pack(&source, &options, "x".into()).unwrap();
         assert_eq!(packed.manifest.program, SITE_SERVER);

@@ -351,7 +351,8 @@ mod tests {
         };
         let mut options = BuildOptions::new(guest);
         options.name = Some(name.into());
-        options.site_server = Some("/bin/true".into());
+        let server = fs::read("/bin/true").unwrap();
+        options.site_server = Some(&server);
         let source = Source::detect(directory)?;
         store
             .build(&source, &options, &mut NoProgress)
