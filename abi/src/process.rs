@@ -18,7 +18,8 @@ pub mod descriptor {
     pub const POOL: i32 = 2;
     /// The shim's own `/proc/PID/statm`: what is in memory.
     pub const STATM: i32 = 3;
-    /// The parameters. Closed before the kernel starts.
+    /// The parameters. Stays open, so that nothing else gets the number; so do the link's and the frame stream's
+    /// numbers when there are none.
     pub const PARAMETERS: i32 = 4;
     /// The shim's epoll descriptor: made by the shim, so nothing may be open here.
     pub const EPOLL: i32 = 5;
@@ -114,7 +115,23 @@ impl Parameters {
             piece.copy_from_slice(chunk);
             *word = u64::from_le_bytes(piece);
         }
-        let [magic, a, b, c, d, e, f, g, h, i, j, memory_limit, pool_length, link, network] = words;
+        let [
+            magic,
+            a,
+            b,
+            c,
+            d,
+            e,
+            f,
+            g,
+            h,
+            i,
+            j,
+            memory_limit,
+            pool_length,
+            link,
+            network,
+        ] = words;
         let extent = |offset, length| Extent { offset, length };
         (magic == MAGIC).then_some(Self {
             kernel: extent(a, b),
@@ -136,7 +153,10 @@ mod tests {
 
     #[test]
     fn parameters_survive_the_way() {
-        let extent = |n: u64| Extent { offset: n * 4096, length: n + 7 };
+        let extent = |n: u64| Extent {
+            offset: n * 4096,
+            length: n + 7,
+        };
         let parameters = Parameters {
             kernel: extent(1),
             manifest: extent(2),

@@ -187,6 +187,7 @@ extern "C" fn start(stack: *const usize) -> ! {
     unsafe { (boot_address as *mut BootInformation).write(boot) };
 
     make_epoll();
+    occupy(&parameters);
     if let Err(error) = time::create_timers() {
         fail("Linux refuses a timer", Some(error));
     }
@@ -342,7 +343,6 @@ fn read_parameters() -> (Parameters, MemoryRange) {
         Ok(start) => start,
         Err(error) => fail("cannot map the parameters", Some(error)),
     };
-    linux::close(descriptor::PARAMETERS);
     // SAFETY: mapped just now, and long enough.
     let bytes = unsafe { &*(start as *const [u8; Parameters::SIZE]) };
     match Parameters::from_bytes(bytes) {
@@ -538,6 +538,25 @@ fn make_epoll() {
             fail("Linux refuses an epoll descriptor", Some(moved));
         }
         linux::close(made as i32);
+    }
+}
+
+/// Leaves no number below [`descriptor::FIRST_FREE`] for descriptors that come over the link: the unused ones
+/// hold the parameters, with which the filter allows nothing.
+fn occupy(parameters: &Parameters) {
+    for (used, number) in
+        [(parameters.link, descriptor::LINK), (parameters.network, descriptor::NETWORK)]
+    {
+        if !used {
+            // SAFETY: nothing is open at that number.
+            let result = unsafe {
+                let arguments = [int(descriptor::PARAMETERS), int(number), 0, 0, 0, 0];
+                linux::syscall(raw::__NR_dup3, arguments)
+            };
+            if result < 0 {
+                fail("Linux refuses a descriptor", Some(result));
+            }
+        }
     }
 }
 

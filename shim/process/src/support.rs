@@ -1,4 +1,5 @@
-//! What the compiler and the precompiled `core` expect to find: memory functions, unwinding symbols, a panic handler.
+//! What the compiler and the precompiled `core` expect to find: memory functions, unwinding symbols, an
+//! allocator.
 //!
 //! The memory functions use string instructions in assembly: written in Rust, the compiler would recognise them and
 //! call them from themselves.
@@ -7,8 +8,6 @@
 
 use core::alloc::{GlobalAlloc, Layout};
 use core::arch::asm;
-
-use crate::message;
 
 /// `memcpy(3)`.
 #[unsafe(no_mangle)]
@@ -91,8 +90,3 @@ unsafe impl GlobalAlloc for NoHeap {
 
 #[global_allocator]
 static HEAP: NoHeap = NoHeap;
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    message::fail("the process shim has a bug: it panicked", None)
-}

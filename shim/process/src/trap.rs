@@ -333,8 +333,13 @@ fn fault(signal: u32, information: &SignalInformation, context: &mut SignalConte
     }
     match place(context.rip) {
         Place::Program => upcall(context, trap, true),
-        // A single step that began before the jump to the program: it goes on to the first of its instructions.
-        Place::Resume | Place::UserCopy | Place::Kernel if kind == TrapKind::Debug => BACK,
+        // A single step that began before the jump to the program. The kernel cannot set the flag together with the
+        // jump, but a return from a signal can.
+        Place::Resume if kind == TrapKind::Debug => {
+            step_into_program(context);
+            BACK
+        }
+        Place::UserCopy | Place::Kernel if kind == TrapKind::Debug => BACK,
         // The jump itself failed (an address that is not canonical): the program's fault.
         Place::Resume => upcall(context, trap, false),
         Place::UserCopy => {
@@ -370,21 +375,7 @@ fn kernel_fault(context: &SignalContext, trap: Trap) -> Leave {
     let cpu = state::CPU.load(Relaxed);
     let faults = FAULTS.fetch_add(1, Relaxed);
     if cpu.is_null() || faults >= KERNEL_FAULTS {
-        let text = KERNEL_TEXT.get();
-        Line::new()
-            .text(if cpu.is_null() { "the kernel faulted at its start" } else { "the kernel keeps faulting" })
-            .text(": trap ")
-            .decimal(trap.kind as usize)
-            .text(", address ")
-            .hexadecimal(trap.address as usize)
-            .text(", instruction ")
-            .hexadecimal(context.rip as usize)
-            .text(" (kernel text + ")
-            .hexadecimal((context.rip as usize).wrapping_sub(text.start))
-            .text("), stack ")
-            .hexadecimal(context.rsp as usize)
-            .print();
-        linux::exit(exit_code::KERNEL_PANIC);
+        give_up(context, trap, cpu.is_null());
     }
     // SAFETY: as in `upcall`.
     unsafe {
@@ -395,6 +386,57 @@ fn kernel_fault(context: &SignalContext, trap: Trap) -> Leave {
         set_gs_base(cpu as usize);
         Leave { address: state::FAULT_ENTRY.load(Relaxed), stack: *fault_stack }
     }
+}
+
+/// Says where the kernel faulted and ends the instance. Not a part of `kernel_fault`, whose stack it would enlarge:
+/// a fault while a fault is stored comes back there again and again.
+#[cold]
+#[inline(never)]
+fn give_up(context: &SignalContext, trap: Trap, early: bool) -> ! {
+    let text = KERNEL_TEXT.get().start;
+    let rip = context.rip as usize;
+    Line::new()
+        .text(if early { "the kernel faulted at its start" } else { "the kernel keeps faulting" })
+        .text(": trap ")
+        .decimal(trap.kind as usize)
+        .text(", address ")
+        .hexadecimal(trap.address as usize)
+        .text(", instruction ")
+        .hexadecimal(rip)
+        .text(" (kernel text + ")
+        .hexadecimal(rip.wrapping_sub(text))
+        .text("), stack ")
+        .hexadecimal(context.rsp as usize)
+        .print();
+    linux::exit(exit_code::KERNEL_PANIC)
+}
+
+/// Has the return from the signal do what the kernel was about to: load the program's registers and go there.
+fn step_into_program(to: &mut SignalContext) {
+    let cpu = state::CPU.load(Relaxed);
+    if cpu.is_null() {
+        return;
+    }
+    // SAFETY: as in `upcall`; in the stretch that was interrupted, the context holds all registers.
+    let from = unsafe { (*cpu).context.read() };
+    to.rax = from.rax;
+    to.rbx = from.rbx;
+    to.rcx = from.rcx;
+    to.rdx = from.rdx;
+    to.rsi = from.rsi;
+    to.rdi = from.rdi;
+    to.rbp = from.rbp;
+    to.rsp = from.rsp;
+    to.r8 = from.r8;
+    to.r9 = from.r9;
+    to.r10 = from.r10;
+    to.r11 = from.r11;
+    to.r12 = from.r12;
+    to.r13 = from.r13;
+    to.r14 = from.r14;
+    to.r15 = from.r15;
+    to.rip = from.rip;
+    to.rflags = from.rflags;
 }
 
 fn registers(context: &SignalContext) -> Context {
