@@ -71,7 +71,7 @@ pub fn now() -> u64 {
 
 /// Nanoseconds that a number of counts takes.
 fn scaled(counts: u64) -> u64 {
-    (u128::from(counts) * u128::from(CLOCK_PAGE.scale.load(Ordering::Relaxed)) >> 32) as u64
+    ((u128::from(counts) * u128::from(CLOCK_PAGE.scale.load(Ordering::Relaxed))) >> 32) as u64
 }
 
 /// Sets the wall clock: nanoseconds since 1970 now.

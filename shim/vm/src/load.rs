@@ -383,7 +383,6 @@ fn publish(
 ) -> Result<usize, Exhausted> {
     const SIZE: usize = size_of::<BootInformation>();
     let address = random_address(features, PROGRAM_END, KERNEL_RANGE_START, SIZE);
-    let _ = features;
     let length = SIZE.next_multiple_of(PAGE_SIZE);
     memory.map(
         address,

@@ -52,9 +52,11 @@ impl StartInfo {
             .filter(|&(start, length)| physical.contains(start, length))
             .unwrap_or_default();
         Ok(Self {
-            command_line: (command_line != 0)
-                .then(|| text(physical, command_line))
-                .unwrap_or_default(),
+            command_line: if command_line == 0 {
+                b""
+            } else {
+                text(physical, command_line)
+            },
             module,
             memory_map,
             memory_map_entries: memory_map_entries.min(MAX_ENTRIES),

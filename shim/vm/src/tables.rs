@@ -112,14 +112,14 @@ pub unsafe fn set_up() {
         addr_of!(shim_guard_3),
     ]
     .map(number);
-    for index in text.start..data.end {
+    for (index, slot) in last.iter_mut().enumerate().take(data.end).skip(text.start) {
         let access = match index {
             _ if guards.contains(&index) => continue,
             _ if text.contains(&index) => 0,
             _ if constants.contains(&index) => NO_EXECUTE,
             _ => WRITE | NO_EXECUTE,
         };
-        last[index] = index as u64 * FRAME | PRESENT | TOUCHED | GLOBAL | access;
+        *slot = (index as u64 * FRAME) | PRESENT | TOUCHED | GLOBAL | access;
     }
     for (index, physical) in interrupts::PAGES {
         last[index] = physical | PRESENT | WRITE | TOUCHED | GLOBAL | NO_EXECUTE | UNCACHED;
@@ -131,7 +131,7 @@ pub unsafe fn set_up() {
         } else {
             WRITE
         };
-        *slot = index as u64 * FRAME | PRESENT | TOUCHED | NO_EXECUTE | GLOBAL | write;
+        *slot = (index as u64 * FRAME) | PRESENT | TOUCHED | NO_EXECUTE | GLOBAL | write;
     }
     window_second[0] = WINDOW_LAST.entry();
     for (index, slot) in window_second.iter_mut().enumerate().skip(1) {

@@ -39,7 +39,7 @@ extern "C" fn trap(frame: &mut Frame) {
     let gate = (core::ptr::addr_of!(entry::system_call_entry) as u64
         ..core::ptr::addr_of!(entry::system_call_end) as u64)
         .contains(&frame.rip);
-    if !from_ring_3 && !(frame.vector == PAGE_FAULT && gate) {
+    if !(from_ring_3 || frame.vector == PAGE_FAULT && gate) {
         die(frame);
     }
     // SAFETY: ring 3 was running, or a system call gate, which uses no reference.
