@@ -66,7 +66,7 @@ const FUNCTIONS: &[(&[&str], &str, &str)] = &[
     (
         &["fork", "vfork", "__libc_fork", "_Fork"],
         "makes processes",
-        "run it so that it does not (no daemon, no workers: redis `--save ''`, nginx `daemon off; master_process off;`)",
+        "have it run as one process (for example redis-server with `--save ''`, nginx with `daemon off; master_process off;`)",
     ),
     (
         &["daemon"],
@@ -226,6 +226,11 @@ fn check_file(
             .filter(|name| elf.imports.iter().any(|import| import == name))
             .collect();
         if !used.is_empty() {
+            let remedy = if is_program {
+                remedy
+            } else {
+                "nothing, unless the program asks it to"
+            };
             add(severity, format!("{what} ({})", used.join(", ")), remedy);
         }
     }
