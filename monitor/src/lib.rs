@@ -10,6 +10,7 @@
 #![deny(unsafe_code)]
 
 pub mod arguments;
+pub mod choice;
 pub mod console;
 pub mod control;
 pub mod engine;

@@ -55,6 +55,8 @@ pub trait Observer {
     fn listening(&mut self, ports: &[Publish]);
     /// A remark of Kiln's own, which is in the log as well.
     fn remark(&mut self, text: &str);
+    /// The monitor itself was told to end (SIGINT, SIGTERM): the program has been asked to.
+    fn stopping(&mut self);
 }
 
 /// What a run has to do with the caller's terminal.
@@ -807,6 +809,7 @@ impl<'a> Monitor<'a> {
         for _ in 0..count {
             self.stops += 1;
             if self.stops == 1 {
+                self.observer.stopping();
                 self.signal(SIGTERM)?;
             } else {
                 self.kill()?;
@@ -1221,6 +1224,7 @@ mod tests {
         fn remark(&mut self, text: &str) {
             self.remarks.push(text.to_owned());
         }
+        fn stopping(&mut self) {}
     }
 
     fn run_fake(

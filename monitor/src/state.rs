@@ -354,6 +354,24 @@ impl StateDirectory {
         Ok(instance)
     }
 
+    /// Removes an instance whose files cannot be read, if no monitor lives there.
+    ///
+    /// # Errors
+    /// When a monitor holds its lock, or it cannot be removed.
+    pub fn remove_damaged(&self, name: &str) -> Result<(), Error> {
+        let name = parse_name(name)?;
+        let directory = self.instances().join(&name);
+        let lock = open_lock(&directory.join("lock"))
+            .map_err(Error::io(format!("open {}/lock", directory.display())))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(Error::io(
+            format!(
+                "remove {}, which a living monitor uses",
+                directory.display()
+            ),
+        ))?;
+        fs::remove_dir_all(&directory).map_err(Error::io(format!("remove {}", directory.display())))
+    }
+
     /// Opens an instance whose lock the caller's process got from the one that made it.
     ///
     /// # Errors

@@ -1,0 +1,533 @@
+//! `kiln run`, in the foreground and in the background.
+//!
+//! In the background, the command makes the instance's folder, and starts itself again as the instance's monitor: its standard
+//! input is the folder's lock, its standard output a pipe for one report ("started", or what went wrong), its
+//! standard error a file in the folder.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+use kiln_abi::configuration::RunConfiguration;
+use kiln_abi::manifest::{Manifest, Protocol};
+use kiln_monitor::arguments::{
+    Publish, format_memory, parse_environment, parse_memory, parse_name, parse_network_address,
+    parse_publish, parse_user, parse_volume, protocol_name,
+};
+use kiln_monitor::choice::{self, Choice};
+use kiln_monitor::console;
+use kiln_monitor::engine::{Piece, Pieces};
+use kiln_monitor::monitor::{Ended, Foreground, Observer};
+use kiln_monitor::names;
+use kiln_monitor::state::{
+    ImageReference, Instance, InstanceConfiguration, NetworkMode, StateDirectory,
+};
+use kiln_monitor::volume::ensure_named;
+use serde::{Deserialize, Serialize};
+
+use crate::arguments::{MonitorArguments, NetworkName, RunArguments};
+use crate::failure::{Failure, io};
+use crate::source::{Resolved, resolve};
+use crate::text;
+
+/// Smallest memory of an instance in bytes: the kernel's own needs.
+const SMALLEST_MEMORY: u64 = 4 << 20;
+/// What a virtual machine needs beside the image, which lies in its memory.
+const MACHINE_MEMORY: u64 = 8 << 20;
+
+/// `kiln run`.
+pub fn run(arguments: &RunArguments) -> Result<ExitCode, Failure> {
+    let state = StateDirectory::from_environment()?;
+    // Everything that can be wrong in the options is said before anything is built.
+    let choice = choice::choose(arguments.engine.map(|engine| engine.as_str()))?;
+    let mut configuration = configure(arguments, &choice, &state)?;
+    let Resolved { image, path } = resolve(&state, &arguments.source, &arguments.include)?;
+    let manifest = image.manifest();
+    let piece = |extent: kiln_image::file::Extent| Piece {
+        offset: extent.offset,
+        length: extent.length,
+    };
+    configuration.image = ImageReference {
+        name: manifest.name.clone(),
+        path,
+        pieces: Pieces {
+            kernel: piece(image.kernel()),
+            manifest: piece(image.manifest_extent()),
+            root: piece(image.root()),
+        },
+    };
+    if arguments.memory.is_none() {
+        configuration.memory = manifest.memory.max(SMALLEST_MEMORY);
+    }
+    check_memory(&configuration, &choice, image.length())?;
+    if arguments.engine.is_none() {
+        eprintln!("kiln: engine {} ({})", choice.engine.name(), choice.reason);
+    }
+    hint_at_ports(manifest, &configuration);
+    if configuration.name.is_empty() {
+        configuration.name = names::choose(|name| state.exists(name));
+    }
+    if configuration.run.hostname.is_none() {
+        configuration.run.hostname = Some(configuration.name.clone());
+    }
+    let instance = state.create(&configuration)?;
+    if arguments.detach {
+        detach(&state, instance)
+    } else {
+        foreground(instance, &choice, arguments)
+    }
+}
+
+/// The configuration as far as the options say it: image and default memory are filled in later.
+fn configure(
+    arguments: &RunArguments,
+    choice: &Choice,
+    state: &StateDirectory,
+) -> Result<InstanceConfiguration, Failure> {
+    let mut ports: Vec<Publish> = Vec::new();
+    for text in &arguments.publish {
+        ports.extend(parse_publish(text)?);
+    }
+    let mut run = RunConfiguration {
+        hostname: arguments.hostname.clone(),
+        working_directory: arguments.workdir.clone(),
+        log: arguments.log.clone(),
+        user: arguments.user.as_deref().map(parse_user).transpose()?,
+        arguments: (!arguments.arguments.is_empty()).then(|| arguments.arguments.clone()),
+        ..RunConfiguration::default()
+    };
+    if let Some(directory) = &arguments.workdir
+        && !directory.starts_with('/')
+    {
+        return Err(Failure::input(
+            format!("the working directory '{directory}' is not an absolute path"),
+            "give it as the program sees it, such as -w /srv",
+        ));
+    }
+    for text in &arguments.env {
+        let (name, value) = parse_environment(text, |name| std::env::var(name).ok())?;
+        run.environment.insert(name, value);
+    }
+    let mut volumes = Vec::new();
+    for text in &arguments.volume {
+        let mut volume = parse_volume(text)?;
+        let name = volume
+            .host
+            .to_str()
+            .filter(|host| !host.contains('/') && !host.starts_with('.'));
+        volume.host = match name {
+            Some(name) => ensure_named(&state.volumes(), &parse_name(name)?)?,
+            None => std::fs::canonicalize(&volume.host).map_err(|error| {
+                Failure::input(
+                    format!("cannot mount {}: {error}", volume.host.display()),
+                    format!("make it first: mkdir -p {}", volume.host.display()),
+                )
+            })?,
+        };
+        if !volume.host.is_dir() {
+            return Err(Failure::input(
+                format!(
+                    "cannot mount {}: it is not a directory",
+                    volume.host.display()
+                ),
+                "mount the directory that it lies in",
+            ));
+        }
+        if volumes
+            .iter()
+            .any(|other: &kiln_monitor::arguments::VolumeMount| other.path == volume.path)
+        {
+            return Err(Failure::input(
+                format!("two volumes are to be mounted at {}", volume.path),
+                "give each its own path",
+            ));
+        }
+        volumes.push(volume);
+    }
+    let memory = match &arguments.memory {
+        Some(text) => parse_memory(text)?,
+        None => 0,
+    };
+    let name = match &arguments.name {
+        Some(name) => parse_name(name)?,
+        None => String::new(),
+    };
+    Ok(InstanceConfiguration {
+        remove: arguments.rm || (!arguments.detach && arguments.name.is_none()),
+        name,
+        image: ImageReference {
+            name: String::new(),
+            path: arguments.source.clone(),
+            pieces: Pieces::default(),
+        },
+        engine: choice.engine.name().to_owned(),
+        memory,
+        network: network(arguments, choice)?,
+        ports,
+        volumes,
+        input: arguments.interactive,
+        run,
+    })
+}
+
+fn network(arguments: &RunArguments, choice: &Choice) -> Result<NetworkMode, Failure> {
+    let engine = choice.engine.name();
+    let name = match arguments.net {
+        Some(name) => name,
+        None if !arguments.ip.is_empty() || choice.machine => NetworkName::Direct,
+        None => NetworkName::Socket,
+    };
+    if name != NetworkName::Direct && !arguments.ip.is_empty() {
+        return Err(Failure::input(
+            "--ip needs --net direct",
+            "add --net direct, or leave --ip out",
+        ));
+    }
+    match name {
+        NetworkName::None if !arguments.publish.is_empty() => Err(Failure::input(
+            "ports cannot be published without a network",
+            "leave --net none or -p out",
+        )),
+        NetworkName::None => Ok(NetworkMode::None),
+        NetworkName::Socket if choice.machine => Err(Failure::input(
+            format!(
+                "--net socket is not possible on engine {engine}: a virtual machine takes no sockets of the host"
+            ),
+            "use --net direct there, or --engine process",
+        )),
+        NetworkName::Socket => Ok(NetworkMode::Socket),
+        NetworkName::Direct => Ok(NetworkMode::Direct {
+            addresses: arguments
+                .ip
+                .iter()
+                .map(|text| parse_network_address(text))
+                .collect::<Result<_, _>>()?,
+            gateways: arguments.gateway.clone(),
+        }),
+    }
+}
+
+fn check_memory(
+    configuration: &InstanceConfiguration,
+    choice: &Choice,
+    image: u64,
+) -> Result<(), Failure> {
+    let (needed, why) = if choice.machine {
+        (
+            image + MACHINE_MEMORY,
+            "the image lies in the virtual machine's memory",
+        )
+    } else {
+        (SMALLEST_MEMORY, "the kernel needs that much itself")
+    };
+    if configuration.memory < needed {
+        return Err(Failure::input(
+            format!(
+                "{} of memory are too little for {}: {why}",
+                format_memory(configuration.memory),
+                configuration.image.name
+            ),
+            format!("give at least -m {}M", needed.div_ceil(1 << 20)),
+        ));
+    }
+    Ok(())
+}
+
+/// Says which ports the image serves when none is published.
+fn hint_at_ports(manifest: &Manifest, configuration: &InstanceConfiguration) {
+    if !configuration.ports.is_empty() || configuration.network == NetworkMode::None {
+        return;
+    }
+    if let Some(port) = manifest.ports.first() {
+        let suffix = if port.protocol == Protocol::Udp {
+            "/udp"
+        } else {
+            ""
+        };
+        let host = if port.number < 1024 {
+            port.number + 8000
+        } else {
+            port.number
+        };
+        eprintln!(
+            "kiln: note: the program serves port {}/{}; publish it to reach it from here: -p {host}:{}{suffix}",
+            port.number,
+            protocol_name(port.protocol),
+            port.number
+        );
+    }
+}
+
+/// Speaks on standard error while an instance runs in the foreground.
+struct Speaker;
+
+impl Observer for Speaker {
+    fn started(&mut self, _: &Instance) {}
+
+    fn listening(&mut self, ports: &[Publish]) {
+        for port in ports {
+            eprintln!("kiln: listening on {}", address(port));
+        }
+    }
+
+    fn remark(&mut self, text: &str) {
+        for line in text.lines() {
+            eprintln!("kiln: {line}");
+        }
+    }
+
+    fn stopping(&mut self) {
+        eprintln!("kiln: stopping (Ctrl-C again ends it at once)");
+    }
+}
+
+/// A published port as something to click or type.
+fn address(port: &Publish) -> String {
+    const WEB: [u16; 8] = [80, 3000, 5000, 8000, 8008, 8080, 8081, 8888];
+    let host = match port.address {
+        Some(std::net::IpAddr::V6(address)) if !address.is_unspecified() => format!("[{address}]"),
+        Some(std::net::IpAddr::V4(address))
+            if !address.is_unspecified() && !address.is_loopback() =>
+        {
+            address.to_string()
+        }
+        _ => "localhost".to_owned(),
+    };
+    match (port.protocol, port.guest) {
+        (Protocol::Tcp, guest) if WEB.contains(&guest) => format!("http://{host}:{}/", port.host),
+        (Protocol::Tcp, 443) => format!("https://{host}:{}/", port.host),
+        (protocol, guest) => format!(
+            "{host}:{} (port {guest}/{} of the program)",
+            port.host,
+            protocol_name(protocol)
+        ),
+    }
+}
+
+fn foreground(
+    mut instance: Instance,
+    choice: &Choice,
+    arguments: &RunArguments,
+) -> Result<ExitCode, Failure> {
+    let foreground = Foreground {
+        output: true,
+        input: arguments.interactive,
+    };
+    let outcome =
+        kiln_monitor::monitor::run(&mut instance, &*choice.engine, foreground, &mut Speaker);
+    let keep = matches!(&outcome, Ok(ended) if ended.started) && !instance.configuration.remove;
+    if !keep {
+        instance.remove()?;
+    }
+    let ended = outcome?;
+    if let Some(reason) = &ended.reason {
+        eprintln!("kiln: error: {reason}");
+    }
+    Ok(exit_code(&ended))
+}
+
+fn exit_code(ended: &Ended) -> ExitCode {
+    ExitCode::from(u8::try_from(ended.code & 0xff).unwrap_or(1))
+}
+
+/// The one line that a monitor in the background reports.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Report {
+    Started {
+        ports: Vec<Publish>,
+    },
+    Failed {
+        message: String,
+        help: Option<String>,
+        input: bool,
+    },
+}
+
+fn detach(state: &StateDirectory, instance: Instance) -> Result<ExitCode, Failure> {
+    let name = instance.name().to_owned();
+    let start = || -> Result<Report, Failure> {
+        let failed = || io("start the monitor");
+        let lock = instance.lock_for_child().map_err(failed())?;
+        let log = monitor_log(instance.directory()).map_err(failed())?;
+        let mut child = Command::new("/proc/self/exe")
+            .arg0("kiln")
+            .arg("instance-monitor")
+            .arg(state.path())
+            .arg(&name)
+            .current_dir("/")
+            .stdin(Stdio::from(lock))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::from(log))
+            .spawn()
+            .map_err(failed())?;
+        let mut line = String::new();
+        if let Some(output) = child.stdout.take() {
+            BufReader::new(output)
+                .read_line(&mut line)
+                .map_err(failed())?;
+        }
+        serde_json::from_str(&line).map_err(|_| {
+            let status = child
+                .wait()
+                .map_or_else(|error| error.to_string(), |status| status.to_string());
+            let said = console::tail(&instance.directory().join("monitor.log"), 20);
+            Failure::environment(
+                format!("the monitor of '{name}' ended before it could report ({status})\n{said}"),
+                None,
+            )
+        })
+    };
+    match start() {
+        Ok(Report::Started { ports }) => {
+            for port in ports.iter().filter(|port| {
+                // Chosen just now: the user cannot know it.
+                instance
+                    .configuration
+                    .ports
+                    .iter()
+                    .any(|asked| asked.host == 0 && asked.guest == port.guest)
+            }) {
+                eprintln!(
+                    "kiln: port {} of the program is at {}",
+                    port.guest,
+                    address(port)
+                );
+            }
+            text::print(&format!("{name}\n"))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Ok(Report::Failed {
+            message,
+            help,
+            input,
+        }) => {
+            // The monitor has removed the instance.
+            Err(Failure {
+                message,
+                help,
+                input,
+            })
+        }
+        Err(failure) => {
+            instance.remove()?;
+            Err(failure)
+        }
+    }
+}
+
+fn monitor_log(directory: &Path) -> std::io::Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(directory.join("monitor.log"))
+}
+
+/// Tells the command that waits, and then nobody.
+struct Reporter {
+    waiting: bool,
+}
+
+impl Reporter {
+    fn report(&mut self, report: &Report) {
+        if !std::mem::take(&mut self.waiting) {
+            return;
+        }
+        if let Ok(mut line) = serde_json::to_vec(report) {
+            line.push(b'\n');
+            let mut output = std::io::stdout().lock();
+            let _ = output.write_all(&line).and_then(|()| output.flush());
+        }
+        // The command's pipe closes; what is read from it ends here.
+        if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
+            let _ = rustix::stdio::dup2_stdout(&null);
+        }
+    }
+}
+
+impl Observer for Reporter {
+    fn started(&mut self, instance: &Instance) {
+        self.report(&Report::Started {
+            ports: instance.state.ports.clone(),
+        });
+    }
+    fn listening(&mut self, _: &[Publish]) {}
+    fn remark(&mut self, _: &str) {}
+    fn stopping(&mut self) {}
+}
+
+/// `kiln instance-monitor`: what `run -d` starts.
+pub fn monitor(arguments: &MonitorArguments) -> Result<ExitCode, Failure> {
+    // A session of its own: the terminal's signals and end are not for us.
+    let _ = rustix::process::setsid();
+    let lock: OwnedFd = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3)
+        .map_err(|error| io("take the instance's lock")(error.into()))?;
+    if let Ok(null) = File::open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdin(&null);
+    }
+    let state = StateDirectory::at(arguments.state.clone());
+    let mut reporter = Reporter { waiting: true };
+    let mut instance = state.adopt(&arguments.name, lock)?;
+    let outcome = choice::choose(Some(&instance.configuration.engine)).and_then(|choice| {
+        kiln_monitor::monitor::run(
+            &mut instance,
+            &*choice.engine,
+            Foreground::default(),
+            &mut reporter,
+        )
+    });
+    let started = !reporter.waiting;
+    let said = console::tail(&instance.console_path(), 20);
+    let remove = instance.configuration.remove || !started;
+    if remove {
+        instance.remove()?;
+    }
+    if !started {
+        let report = match &outcome {
+            Ok(ended) => {
+                let reason = ended
+                    .reason
+                    .clone()
+                    .unwrap_or_else(|| format!("it ended with code {}", ended.code));
+                Report::Failed {
+                    message: format!("the program did not start: {reason}\n{said}"),
+                    help: None,
+                    input: false,
+                }
+            }
+            Err(error) => Report::Failed {
+                message: error.to_string(),
+                help: error.help(),
+                input: error.kind() == kiln_monitor::Kind::Input,
+            },
+        };
+        reporter.report(&report);
+    }
+    match outcome {
+        Ok(ended) => Ok(exit_code(&ended)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn published_ports_are_said_as_urls_where_that_helps() {
+        let say = |text: &str| address(&parse_publish(text).unwrap()[0]);
+        assert_eq!(say("8080:80"), "http://localhost:8080/");
+        assert_eq!(say("[::1]:8080:80"), "http://[::1]:8080/");
+        assert_eq!(say("127.0.0.1:8080:80"), "http://localhost:8080/");
+        assert_eq!(say("192.0.2.1:8443:443"), "https://192.0.2.1:8443/");
+        assert_eq!(
+            say("6390:6379"),
+            "localhost:6390 (port 6379/tcp of the program)"
+        );
+    }
+}
