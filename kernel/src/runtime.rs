@@ -30,14 +30,14 @@ pub fn say(bytes: &[u8]) {
 
 /// An entry of the dynamic section (`Elf64_Dyn`).
 #[repr(C)]
-struct Dynamic {
+pub struct Dynamic {
     tag: i64,
     value: u64,
 }
 
 /// A relocation with addend (`Elf64_Rela`).
 #[repr(C)]
-struct Relocation {
+pub struct Relocation {
     offset: u64,
     info: u64,
     addend: u64,

@@ -244,9 +244,10 @@ fn map(
             memory.map_file(fixed, file_pages, protection, AreaFlags::empty(), file).map_err(fail)?;
         }
         let zero_from = if segment.file_size > 0 { page + file_pages as u64 } else { page };
-        // The rest of the last file page belongs to the zeros, where it can be written.
+        // All of the rest of the last file page becomes zeros, also beyond the segment's end: the dynamic linker's first
+        // allocations lie there.
         if segment.memory_size > segment.file_size && segment.file_size > 0 && protection.contains(Protection::WRITE) {
-            let rest = zero_from.min(end).saturating_sub(file_end) as usize;
+            let rest = (zero_from - file_end) as usize;
             user::write_bytes(file_end, &alloc::vec![0; rest]).map_err(fail)?;
         }
         if end > zero_from {

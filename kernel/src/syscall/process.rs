@@ -308,10 +308,9 @@ fn prlimit64(call: &mut Call<'_>) -> Outcome {
 }
 
 fn getrusage(call: &mut Call<'_>) -> Outcome {
-    use core::sync::atomic::Ordering;
     let used = match call.int(0) {
         0 => process_cpu_time(call.thread),
-        1 => call.thread.cpu_time.load(Ordering::Relaxed),
+        1 => call.thread.cpu_time(),
         -1 => 0,
         _ => return Outcome::fail(Errno::EINVAL),
     };

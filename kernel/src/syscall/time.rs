@@ -40,7 +40,7 @@ pub fn read_clock(thread: &Thread, clock: u32) -> Result<u64> {
         | linux::CLOCK_BOOTTIME
         | linux::CLOCK_BOOTTIME_ALARM => kernel.clock.monotonic(),
         linux::CLOCK_PROCESS_CPUTIME_ID => process_cpu_time(thread),
-        linux::CLOCK_THREAD_CPUTIME_ID => thread.cpu_time.load(Ordering::Relaxed),
+        linux::CLOCK_THREAD_CPUTIME_ID => thread.cpu_time(),
         _ => return Err(Errno::EINVAL),
     })
 }
@@ -49,7 +49,7 @@ pub fn read_clock(thread: &Thread, clock: u32) -> Result<u64> {
 pub fn process_cpu_time(thread: &Thread) -> u64 {
     let process = &thread.process;
     let living: u64 =
-        process.threads.lock().values().map(|thread| thread.cpu_time.load(Ordering::Relaxed)).sum();
+        process.threads.lock().values().map(|thread| thread.cpu_time()).sum();
     process.cpu_time.load(Ordering::Relaxed) + living
 }
 

@@ -169,6 +169,7 @@ impl Process {
             clear_on_exit: AtomicU64::new(0),
             robust_list: AtomicU64::new(0),
             cpu_time: AtomicU64::new(0),
+            running_since: AtomicU64::new(0),
         });
         self.threads.lock().insert(id, Arc::clone(&thread));
         thread
@@ -216,8 +217,10 @@ pub struct Thread {
     pub clear_on_exit: AtomicU64,
     /// Head of the list of robust futexes (`set_robust_list(2)`).
     pub robust_list: AtomicU64,
-    /// Nanoseconds of CPU time used.
-    pub cpu_time: AtomicU64,
+    /// Nanoseconds of CPU time used in earlier turns.
+    cpu_time: AtomicU64,
+    /// Monotonic time at which its present turn began; 0 while it does not run.
+    running_since: AtomicU64,
 }
 
 impl Thread {
@@ -231,6 +234,16 @@ impl Thread {
     #[must_use]
     pub fn credentials(&self) -> Credentials {
         self.process.credentials.lock().clone()
+    }
+
+    /// Nanoseconds of CPU time used so far, in the program and in the kernel for it.
+    #[must_use]
+    pub fn cpu_time(&self) -> u64 {
+        let turn = match self.running_since.load(Ordering::Relaxed) {
+            0 => 0,
+            since => self.kernel().clock.monotonic().saturating_sub(since),
+        };
+        self.cpu_time.load(Ordering::Relaxed) + turn
     }
 
     /// Makes the thread look at its signals, also out of a wait.

@@ -2,7 +2,7 @@
 
 use alloc::{boxed::Box, string::String, sync::Arc};
 use core::{
-    future::poll_fn,
+    future::{Future, poll_fn},
     sync::atomic::Ordering,
     task::Poll,
 };
@@ -30,7 +30,19 @@ const CALLS_PER_TURN: u32 = 64;
 pub async fn run(thread: Arc<Thread>, mut context: Box<UserContext>) {
     let waker = poll_fn(|task| Poll::Ready(task.waker().clone())).await;
     *thread.waker.lock() = Some(waker);
-    life(&thread, &mut context).await;
+    {
+        let mut life = core::pin::pin!(life(&thread, &mut context));
+        let clock = &thread.kernel().clock;
+        poll_fn(|task| {
+            let before = clock.monotonic();
+            thread.running_since.store(before, Ordering::Relaxed);
+            let state = life.as_mut().poll(task);
+            thread.running_since.store(0, Ordering::Relaxed);
+            thread.cpu_time.fetch_add(clock.monotonic().saturating_sub(before), Ordering::Relaxed);
+            state
+        })
+        .await;
+    }
     thread.kernel().cpu.forget(&mut context);
     end(&thread);
 }
@@ -236,7 +248,7 @@ fn end(thread: &Arc<Thread>) {
         thread.process.futexes.wake(clear, 1, super::futex::ANY);
     }
     let process = &thread.process;
-    process.cpu_time.fetch_add(thread.cpu_time.load(Ordering::Relaxed), Ordering::Relaxed);
+    process.cpu_time.fetch_add(thread.cpu_time(), Ordering::Relaxed);
     *thread.waker.lock() = None;
     let last = {
         let mut threads = process.threads.lock();
