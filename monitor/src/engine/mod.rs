@@ -8,6 +8,7 @@
 //! in the file system, and a dropped [`Running`] has been killed and reaped.
 
 pub mod process;
+pub mod qemu;
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
