@@ -20,9 +20,7 @@ use kiln_abi::process::{Extent, Parameters, descriptor};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
-use rustix::process::{
-    Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid,
-};
+use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
 use super::{End, Engine, Launch, Piece, Running, StartError, Unavailable};
 use child::{Child, Descriptors, Failure, Isolation, Step};
@@ -57,7 +55,11 @@ impl Engine for ProcessEngine {
 
     fn available(&self) -> Result<(), Unavailable> {
         let unavailable = |reason: &str, remedy: &str| {
-            Err(Unavailable { engine: "process", reason: reason.into(), remedy: remedy.into() })
+            Err(Unavailable {
+                engine: "process",
+                reason: reason.into(),
+                remedy: remedy.into(),
+            })
         };
         if rustix::param::linux_hwcap().1 & FSGSBASE == 0 {
             return unavailable(
@@ -83,7 +85,11 @@ impl Engine for ProcessEngine {
     fn start(&self, launch: Launch) -> Result<Box<dyn Running>, StartError> {
         let failed = |what: &str| {
             let what = what.to_owned();
-            move |error: io::Error| StartError { what, remedy: None, source: Some(error) }
+            move |error: io::Error| StartError {
+                what,
+                remedy: None,
+                source: Some(error),
+            }
         };
         let parameters =
             parameter_file(&launch).map_err(failed("cannot write the instance's parameters"))?;
@@ -91,7 +97,11 @@ impl Engine for ProcessEngine {
             .and_then(|file| ftruncate(&file, POOL_LENGTH).map(|()| file))
             .map_err(|error| failed("cannot make the instance's memory file")(error.into()))?;
         let shim = executable(self.shim).map_err(failed("cannot make the shim's memory file"))?;
-        let files = Files { parameters, pool, shim };
+        let files = Files {
+            parameters,
+            pool,
+            shim,
+        };
         let (sender, receiver) = mpsc::sync_channel(1);
         thread::Builder::new()
             .name("kiln-instance".into())
@@ -102,7 +112,11 @@ impl Engine for ProcessEngine {
             .recv()
             .map_err(|_| failed("the thread for the instance ended")(io::ErrorKind::Other.into()))?
             .map_err(explain)?;
-        Ok(Box::new(Instance { pid: child.pid, pidfd: child.pidfd, end: None }))
+        Ok(Box::new(Instance {
+            pid: child.pid,
+            pidfd: child.pidfd,
+            end: None,
+        }))
     }
 }
 
@@ -125,14 +139,20 @@ fn keep(launch: Launch, files: Files, sender: &mpsc::SyncSender<Result<Child, Fa
     if let Some(frames) = &launch.frames {
         places.push((descriptor::NETWORK, frames.as_fd()));
     }
-    let descriptors = Descriptors { shim: files.shim.as_fd(), places: &places };
+    let descriptors = Descriptors {
+        shim: files.shim.as_fd(),
+        places: &places,
+    };
     let name = launch
         .directory
         .file_name()
         .and_then(|name| CString::new(format!("kiln: {}", name.display())).ok())
         .unwrap_or_else(|| c"kiln: instance".to_owned());
     let result = spawn(&descriptors, &name);
-    let watched = result.as_ref().ok().and_then(|child| child.pidfd.try_clone().ok());
+    let watched = result
+        .as_ref()
+        .ok()
+        .and_then(|child| child.pidfd.try_clone().ok());
     drop(places);
     drop((launch, files));
     if sender.send(result).is_err() {
@@ -148,7 +168,11 @@ fn keep(launch: Launch, files: Files, sender: &mpsc::SyncSender<Result<Child, Fa
 fn spawn(descriptors: &Descriptors<'_>, name: &std::ffi::CStr) -> Result<Child, Failure> {
     let root = rustix::process::geteuid().is_root();
     let ways: &[Isolation] = if root {
-        &[Isolation::Privileged, Isolation::Unprivileged, Isolation::None]
+        &[
+            Isolation::Privileged,
+            Isolation::Unprivileged,
+            Isolation::None,
+        ]
     } else {
         &[Isolation::Unprivileged, Isolation::None]
     };
@@ -168,7 +192,10 @@ fn spawn(descriptors: &Descriptors<'_>, name: &std::ffi::CStr) -> Result<Child, 
             result => return result,
         }
     }
-    Err(failure.unwrap_or(Failure { step: Step::Clone, error: io::ErrorKind::Unsupported.into() }))
+    Err(failure.unwrap_or(Failure {
+        step: Step::Clone,
+        error: io::ErrorKind::Unsupported.into(),
+    }))
 }
 
 fn explain(failure: Failure) -> StartError {
@@ -179,7 +206,7 @@ fn explain(failure: Failure) -> StartError {
             "Linux refuses another open file",
             Some("raise the limit on open files (ulimit -n) to 256 or more"),
         ),
-        Step::Identity => ("Linux refuses to give up privileges", None),
+        Step::Privileges => ("Linux refuses to give up privileges", None),
         Step::Limits => ("Linux refuses resource limits", None),
         Step::ParentDeath => ("the monitor ended while it started the instance", None),
         Step::Execute => (
@@ -195,7 +222,10 @@ fn explain(failure: Failure) -> StartError {
 }
 
 fn extent(piece: Piece) -> Extent {
-    Extent { offset: piece.offset, length: piece.length }
+    Extent {
+        offset: piece.offset,
+        length: piece.length,
+    }
 }
 
 /// Writes parameters, filter and configuration to a new memory file.
@@ -206,7 +236,10 @@ fn parameter_file(launch: &Launch) -> io::Result<OwnedFd> {
         kernel: extent(launch.pieces.kernel),
         manifest: extent(launch.pieces.manifest),
         root: extent(launch.pieces.root),
-        filter: Extent { offset: Parameters::SIZE as u64, length: filter_length },
+        filter: Extent {
+            offset: Parameters::SIZE as u64,
+            length: filter_length,
+        },
         configuration: Extent {
             offset: Parameters::SIZE as u64 + filter_length,
             length: launch.configuration.len() as u64,

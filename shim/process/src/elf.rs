@@ -85,7 +85,9 @@ const PF_W: u32 = 2;
 
 fn bytes<const N: usize>(file: &[u8], offset: usize) -> Result<[u8; N], Error> {
     let end = offset.checked_add(N).ok_or(Error::Truncated)?;
-    file.get(offset..end).and_then(|slice| slice.try_into().ok()).ok_or(Error::Truncated)
+    file.get(offset..end)
+        .and_then(|slice| slice.try_into().ok())
+        .ok_or(Error::Truncated)
 }
 
 fn half(file: &[u8], offset: usize) -> Result<u16, Error> {
@@ -123,7 +125,10 @@ pub fn parse(file: &[u8]) -> Result<Program, Error> {
     if half(file, 54)? != 56 {
         return Err(Error::Kind);
     }
-    let mut program = Program { entry, ..Program::default() };
+    let mut program = Program {
+        entry,
+        ..Program::default()
+    };
     for index in 0..usize::from(half(file, 56)?) {
         let header = headers.checked_add(index * 56).ok_or(Error::Truncated)?;
         if word(file, header)? != PT_LOAD {
@@ -131,7 +136,10 @@ pub fn parse(file: &[u8]) -> Result<Program, Error> {
         }
         let flags = word(file, header.checked_add(4).ok_or(Error::Truncated)?)?;
         let field = |position: usize| {
-            header.checked_add(position).ok_or(Error::Truncated).and_then(|offset| size(file, offset))
+            header
+                .checked_add(position)
+                .ok_or(Error::Truncated)
+                .and_then(|offset| size(file, offset))
         };
         let segment = Segment {
             offset: field(8)?,
@@ -147,12 +155,17 @@ pub fn parse(file: &[u8]) -> Result<Program, Error> {
         if segment.write && segment.execute {
             return Err(Error::WriteAndExecute);
         }
-        let file_end =
-            segment.offset.checked_add(segment.file_length).ok_or(Error::Truncated)?;
+        let file_end = segment
+            .offset
+            .checked_add(segment.file_length)
+            .ok_or(Error::Truncated)?;
         if file_end > file.len() {
             return Err(Error::Truncated);
         }
-        let end = segment.address.checked_add(segment.memory_length).and_then(page_up);
+        let end = segment
+            .address
+            .checked_add(segment.memory_length)
+            .and_then(page_up);
         let end = end.filter(|end| *end <= MAX_SPAN).ok_or(Error::Segments)?;
         if segment.file_length > segment.memory_length
             || segment.offset % PAGE_SIZE != segment.address % PAGE_SIZE
@@ -160,16 +173,21 @@ pub fn parse(file: &[u8]) -> Result<Program, Error> {
         {
             return Err(Error::Segments);
         }
-        *program.segments.get_mut(program.count).ok_or(Error::Segments)? = segment;
+        *program
+            .segments
+            .get_mut(program.count)
+            .ok_or(Error::Segments)? = segment;
         program.count += 1;
         program.span = end;
     }
     let inside = |segment: &Segment| {
-        segment.execute
-            && entry >= segment.address
-            && entry - segment.address < segment.file_length
+        segment.execute && entry >= segment.address && entry - segment.address < segment.file_length
     };
-    if program.segments().iter().any(inside) { Ok(program) } else { Err(Error::Entry) }
+    if program.segments().iter().any(inside) {
+        Ok(program)
+    } else {
+        Err(Error::Entry)
+    }
 }
 
 #[cfg(test)]
@@ -198,8 +216,18 @@ mod tests {
         put(&mut file, 32, &64u64.to_le_bytes());
         put(&mut file, 54, &56u16.to_le_bytes());
         put(&mut file, 56, &2u16.to_le_bytes());
-        header(&mut file, 0, 5, [0x1000, 0x1000, 0x1000, 0x800, 0x800, 0x1000]);
-        header(&mut file, 1, 6, [0x2010, 0x2010, 0x2010, 0x100, 0x1ff0, 0x1000]);
+        header(
+            &mut file,
+            0,
+            5,
+            [0x1000, 0x1000, 0x1000, 0x800, 0x800, 0x1000],
+        );
+        header(
+            &mut file,
+            1,
+            6,
+            [0x2010, 0x2010, 0x2010, 0x100, 0x1ff0, 0x1000],
+        );
         file
     }
 
@@ -230,7 +258,10 @@ mod tests {
     fn every_truncation_is_an_error() {
         let file = file();
         for length in 0..0x2110 {
-            assert!(parse(&file[..length]).is_err(), "{length} bytes were accepted");
+            assert!(
+                parse(&file[..length]).is_err(),
+                "{length} bytes were accepted"
+            );
         }
         assert!(parse(&file[..0x2110]).is_ok());
     }
@@ -246,11 +277,35 @@ mod tests {
         assert_eq!(with(16, &[2]), Err(Error::Kind));
         assert_eq!(with(64 + 4, &[7]), Err(Error::WriteAndExecute));
         assert_eq!(with(24, &[0, 0x20]), Err(Error::Entry));
-        assert_eq!(with(64 + 56 + 16, &[0x10, 0x18]), Err(Error::Segments), "overlap");
-        assert_eq!(with(64 + 56 + 16, &[0x11, 0x20]), Err(Error::Segments), "misaligned");
-        assert_eq!(with(64 + 56 + 16, &[0xff; 8]), Err(Error::Segments), "wraps");
-        assert_eq!(with(64 + 56 + 8, &[0xff; 8]), Err(Error::Truncated), "offset wraps");
-        assert_eq!(with(32, &[0xff; 8]), Err(Error::Truncated), "headers outside");
-        assert_eq!(with(64 + 40, &[0; 8]).map(|p: Program| p.entry), Err(Error::Entry), "no text");
+        assert_eq!(
+            with(64 + 56 + 16, &[0x10, 0x18]),
+            Err(Error::Segments),
+            "overlap"
+        );
+        assert_eq!(
+            with(64 + 56 + 16, &[0x11, 0x20]),
+            Err(Error::Segments),
+            "misaligned"
+        );
+        assert_eq!(
+            with(64 + 56 + 16, &[0xff; 8]),
+            Err(Error::Segments),
+            "wraps"
+        );
+        assert_eq!(
+            with(64 + 56 + 8, &[0xff; 8]),
+            Err(Error::Truncated),
+            "offset wraps"
+        );
+        assert_eq!(
+            with(32, &[0xff; 8]),
+            Err(Error::Truncated),
+            "headers outside"
+        );
+        assert_eq!(
+            with(64 + 40, &[0; 8]).map(|p: Program| p.entry),
+            Err(Error::Entry),
+            "no text"
+        );
     }
 }

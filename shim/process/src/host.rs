@@ -98,13 +98,21 @@ extern "C" fn wait(events: *mut Event, capacity: usize, deadline: u64) -> isize 
     let mut buffer = MaybeUninit::<[raw::epoll_event; EVENTS]>::uninit();
     let capacity = capacity.min(EVENTS);
     let never = 0u32;
-    let pending = if deadline == 0 { &raw const never } else { state::pending().cast_const() };
+    let pending = if deadline == 0 {
+        &raw const never
+    } else {
+        state::pending().cast_const()
+    };
     let result = loop {
         let timeout = match deadline {
             0 | u64::MAX => time::timespec(0),
             _ => time::timespec(deadline.saturating_sub(time::monotonic())),
         };
-        let timeout = if deadline == u64::MAX { core::ptr::null() } else { &raw const timeout };
+        let timeout = if deadline == u64::MAX {
+            core::ptr::null()
+        } else {
+            &raw const timeout
+        };
         // SAFETY: the buffer has room; the flag lives as long as the kernel.
         let result = unsafe {
             let buffer = buffer.as_mut_ptr().cast();
@@ -122,7 +130,10 @@ extern "C" fn wait(events: *mut Event, capacity: usize, deadline: u64) -> isize 
         // SAFETY: the call filled `count` entries; the kernel gives room for `capacity` events.
         unsafe {
             let event = buffer.as_ptr().cast::<raw::epoll_event>().add(index).read();
-            events.add(index).write(Event { source: event.data as u32, flags: event.events });
+            events.add(index).write(Event {
+                source: event.data as u32,
+                flags: event.events,
+            });
         }
     }
     result
@@ -173,7 +184,14 @@ extern "C" fn descriptor_watch(number: i32) -> isize {
     // SAFETY: reads the structure.
     unsafe {
         let event = &raw const event as usize;
-        let arguments = [int(descriptor::EPOLL), EPOLL_CTL_ADD, int(number), event, 0, 0];
+        let arguments = [
+            int(descriptor::EPOLL),
+            EPOLL_CTL_ADD,
+            int(number),
+            event,
+            0,
+            0,
+        ];
         linux::syscall(raw::__NR_epoll_ctl, arguments)
     }
 }
@@ -187,13 +205,24 @@ extern "C" fn descriptor_send(number: i32, message: &Message) -> isize {
         // SAFETY: the kernel gives a valid slice; Linux checks the memory that it describes.
         return unsafe {
             let slice = message.slices.read();
-            let arguments = [int(number), slice.address, slice.length, flags as usize, 0, 0];
+            let arguments = [
+                int(number),
+                slice.address,
+                slice.length,
+                flags as usize,
+                0,
+                0,
+            ];
             linux::syscall(raw::__NR_sendto, arguments)
         };
     }
     let header = MessageHeader {
         name: message.address,
-        name_length: if message.address.is_null() { 0 } else { message.address_length as i32 },
+        name_length: if message.address.is_null() {
+            0
+        } else {
+            message.address_length as i32
+        },
         slices: message.slices,
         slice_count: message.slice_count,
         control: core::ptr::null_mut(),
@@ -202,7 +231,14 @@ extern "C" fn descriptor_send(number: i32, message: &Message) -> isize {
     };
     // SAFETY: Linux checks the memory that the header describes.
     unsafe {
-        let arguments = [int(number), &raw const header as usize, flags as usize, 0, 0, 0];
+        let arguments = [
+            int(number),
+            &raw const header as usize,
+            flags as usize,
+            0,
+            0,
+            0,
+        ];
         linux::syscall(raw::__NR_sendmsg, arguments)
     }
 }
@@ -222,19 +258,38 @@ extern "C" fn descriptor_receive(number: i32, message: &mut Message) -> isize {
         // SAFETY: as in `descriptor_send`.
         return unsafe {
             let slice = message.slices.read();
-            let arguments = [int(number), slice.address, slice.length, flags as usize, 0, 0];
+            let arguments = [
+                int(number),
+                slice.address,
+                slice.length,
+                flags as usize,
+                0,
+                0,
+            ];
             linux::syscall(raw::__NR_recvfrom, arguments)
         };
     }
     let mut control = Control {
-        header: ControlHeader { length: 0, level: 0, kind: 0 },
+        header: ControlHeader {
+            length: 0,
+            level: 0,
+            kind: 0,
+        },
         descriptors: [-1; DESCRIPTORS],
     };
     let header_length = size_of::<ControlHeader>();
-    let control_length = if room == 0 { 0 } else { header_length + room * size_of::<i32>() };
+    let control_length = if room == 0 {
+        0
+    } else {
+        header_length + room * size_of::<i32>()
+    };
     let mut header = MessageHeader {
         name: message.address,
-        name_length: if message.address.is_null() { 0 } else { message.address_length as i32 },
+        name_length: if message.address.is_null() {
+            0
+        } else {
+            message.address_length as i32
+        },
         slices: message.slices,
         slice_count: message.slice_count,
         control: (&raw mut control).cast(),
@@ -243,7 +298,14 @@ extern "C" fn descriptor_receive(number: i32, message: &mut Message) -> isize {
     };
     // SAFETY: Linux checks the memory that the header describes; the control buffer is ours.
     let result = unsafe {
-        let arguments = [int(number), &raw mut header as usize, flags as usize, 0, 0, 0];
+        let arguments = [
+            int(number),
+            &raw mut header as usize,
+            flags as usize,
+            0,
+            0,
+            0,
+        ];
         linux::syscall(raw::__NR_recvmsg, arguments)
     };
     if result < 0 {
@@ -272,5 +334,9 @@ extern "C" fn descriptor_shutdown(number: i32, how: u32) -> isize {
 }
 
 extern "C" fn descriptor_close(number: i32) -> isize {
-    if usable(number) { linux::close(number) } else { -EBADF }
+    if usable(number) {
+        linux::close(number)
+    } else {
+        -EBADF
+    }
 }

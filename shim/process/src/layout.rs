@@ -47,7 +47,10 @@ mod tests {
     #[test]
     fn both_ranges_are_allowed_to_their_last_page() {
         assert!(allowed(PROGRAM_START, PROGRAM_END - PROGRAM_START));
-        assert!(allowed(KERNEL_RANGE_START, KERNEL_RANGE_END - KERNEL_RANGE_START));
+        assert!(allowed(
+            KERNEL_RANGE_START,
+            KERNEL_RANGE_END - KERNEL_RANGE_START
+        ));
         assert!(allowed(PROGRAM_END - 4096, 4096));
     }
 
@@ -74,7 +77,10 @@ mod tests {
 
     #[test]
     fn inside_a_range() {
-        let range = MemoryRange { start: 0x10000, length: 0x4000 };
+        let range = MemoryRange {
+            start: 0x10000,
+            length: 0x4000,
+        };
         assert!(inside(0x11000, 0x3000, range));
         assert!(!inside(0x11000, 0x4000, range));
         assert!(!inside(0x1000, 0x1000, range));

@@ -127,8 +127,13 @@ pub fn signal_return() -> usize {
 /// If `address` lies where [`wait`] has looked for a pending event but not yet gone to sleep: where to continue
 /// when there is one.
 pub fn wait_window(address: usize) -> Option<usize> {
-    let (check, done) = (kiln_wait_check as *const () as usize, kiln_wait_done as *const () as usize);
-    (check..done).contains(&address).then_some(kiln_wait_pending as *const () as usize)
+    let (check, done) = (
+        kiln_wait_check as *const () as usize,
+        kiln_wait_done as *const () as usize,
+    );
+    (check..done)
+        .contains(&address)
+        .then_some(kiln_wait_pending as *const () as usize)
 }
 
 /// Any system call.
@@ -150,7 +155,17 @@ pub const fn int(value: i32) -> usize {
 pub fn write(descriptor: i32, bytes: &[u8]) -> isize {
     // SAFETY: reads the slice.
     unsafe {
-        syscall(raw::__NR_write, [int(descriptor), bytes.as_ptr() as usize, bytes.len(), 0, 0, 0])
+        syscall(
+            raw::__NR_write,
+            [
+                int(descriptor),
+                bytes.as_ptr() as usize,
+                bytes.len(),
+                0,
+                0,
+                0,
+            ],
+        )
     }
 }
 
@@ -188,7 +203,10 @@ pub fn file_size(descriptor: i32) -> Result<(u64, u64), isize> {
     let mut status = core::mem::MaybeUninit::<raw::stat>::zeroed();
     // SAFETY: the structure is as large as the call writes.
     let result = unsafe {
-        syscall(raw::__NR_fstat, [int(descriptor), status.as_mut_ptr() as usize, 0, 0, 0, 0])
+        syscall(
+            raw::__NR_fstat,
+            [int(descriptor), status.as_mut_ptr() as usize, 0, 0, 0, 0],
+        )
     };
     if result < 0 {
         return Err(result);
@@ -203,7 +221,14 @@ pub fn file_size(descriptor: i32) -> Result<(u64, u64), isize> {
 pub fn read_start(descriptor: i32, buffer: &mut [u8]) -> isize {
     // SAFETY: fills the slice.
     unsafe {
-        let arguments = [int(descriptor), buffer.as_mut_ptr() as usize, buffer.len(), 0, 0, 0];
+        let arguments = [
+            int(descriptor),
+            buffer.as_mut_ptr() as usize,
+            buffer.len(),
+            0,
+            0,
+            0,
+        ];
         syscall(raw::__NR_pread64, arguments)
     }
 }
@@ -217,13 +242,32 @@ pub fn map_new(
     descriptor: i32,
     offset: usize,
 ) -> Result<usize, isize> {
-    let anonymous = if descriptor < 0 { raw::MAP_ANONYMOUS | raw::MAP_NORESERVE } else { 0 };
-    let fixed = if address == 0 { 0 } else { raw::MAP_FIXED_NOREPLACE };
+    let anonymous = if descriptor < 0 {
+        raw::MAP_ANONYMOUS | raw::MAP_NORESERVE
+    } else {
+        0
+    };
+    let fixed = if address == 0 {
+        0
+    } else {
+        raw::MAP_FIXED_NOREPLACE
+    };
     let flags = (raw::MAP_PRIVATE | anonymous | fixed) as usize;
     // SAFETY: replaces no mapping.
     let result = unsafe {
-        let arguments = [address, length, protection as usize, flags, int(descriptor), offset];
+        let arguments = [
+            address,
+            length,
+            protection as usize,
+            flags,
+            int(descriptor),
+            offset,
+        ];
         syscall(raw::__NR_mmap, arguments)
     };
-    if result < 0 { Err(result) } else { Ok(result as usize) }
+    if result < 0 {
+        Err(result)
+    } else {
+        Ok(result as usize)
+    }
 }

@@ -17,10 +17,10 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-use kiln_abi::host::{PAGE_SIZE, Protection, Source};
-use kiln_abi::process::descriptor;
 #[cfg(doc)]
 use kiln_abi::host::TrapKind;
+use kiln_abi::host::{PAGE_SIZE, Protection, Source};
+use kiln_abi::process::descriptor;
 use kiln_shim_process::{elf::page_up, layout};
 use linux_raw_sys::general as raw;
 
@@ -97,14 +97,21 @@ pub extern "C" fn memory_used() -> u64 {
     // image's, which are the host's cache, and the pool's, counted by its file.
     let mut text = [0; 96];
     let length = linux::read_start(descriptor::STATM, &mut text);
-    let text = usize::try_from(length).ok().and_then(|length| text.get(..length)).unwrap_or_default();
+    let text = usize::try_from(length)
+        .ok()
+        .and_then(|length| text.get(..length))
+        .unwrap_or_default();
     let mut fields = text.split(|byte| *byte == b' ').skip(1).map(|digits| {
         digits.iter().fold(0u64, |value, digit| {
-            value.wrapping_mul(10).wrapping_add(u64::from(digit.wrapping_sub(b'0')))
+            value
+                .wrapping_mul(10)
+                .wrapping_add(u64::from(digit.wrapping_sub(b'0')))
         })
     });
     let (resident, shared) = (fields.next().unwrap_or(0), fields.next().unwrap_or(0));
-    let private = resident.saturating_sub(shared).saturating_mul(PAGE_SIZE as u64);
+    let private = resident
+        .saturating_sub(shared)
+        .saturating_mul(PAGE_SIZE as u64);
     let pool = if POOL_USED.load(Relaxed) {
         linux::file_size(descriptor::POOL).map_or(0, |(_, used)| used)
     } else {
@@ -124,7 +131,9 @@ fn protection_bits(protection: u32) -> Result<usize, isize> {
 
 /// True if `length` bytes from `offset` are whole pages of `total` bytes, the last page perhaps cut.
 fn within(offset: u64, length: usize, total: usize) -> bool {
-    let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(length));
+    let end = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| offset.checked_add(length));
     offset.is_multiple_of(PAGE_SIZE as u64)
         && end.is_some_and(|end| page_up(total).is_some_and(|total| end <= total))
 }
@@ -148,13 +157,23 @@ pub extern "C" fn map(
         if protection != 0 && !grow(length as u64) {
             return -ENOMEM;
         }
-        (raw::MAP_PRIVATE | raw::MAP_ANONYMOUS | raw::MAP_NORESERVE, -1, 0)
+        (
+            raw::MAP_PRIVATE | raw::MAP_ANONYMOUS | raw::MAP_NORESERVE,
+            -1,
+            0,
+        )
     } else if source == Source::Root as u32 {
         if !within(offset, length, state::ROOT_LENGTH.load(Relaxed)) {
             return -EINVAL;
         }
-        let position = state::ROOT_OFFSET.load(Relaxed).wrapping_add(offset as usize);
-        (raw::MAP_PRIVATE | raw::MAP_NORESERVE, descriptor::IMAGE, position)
+        let position = state::ROOT_OFFSET
+            .load(Relaxed)
+            .wrapping_add(offset as usize);
+        (
+            raw::MAP_PRIVATE | raw::MAP_NORESERVE,
+            descriptor::IMAGE,
+            position,
+        )
     } else if source == Source::Pool as u32 {
         if !within(offset, length, state::POOL_LENGTH.load(Relaxed)) {
             return -EINVAL;

@@ -13,7 +13,10 @@ pub struct Line {
 impl Line {
     /// A line that begins with the product's name.
     pub fn new() -> Self {
-        let mut line = Self { bytes: [0; 512], length: 0 };
+        let mut line = Self {
+            bytes: [0; 512],
+            length: 0,
+        };
         line.text("kiln: ");
         line
     }
@@ -43,7 +46,9 @@ impl Line {
     fn digits(&mut self, value: usize, base: usize, count: u32) -> &mut Self {
         for position in (0..count).rev() {
             let digit = value / base.pow(position) % base;
-            let digit = u32::try_from(digit).ok().and_then(|digit| char::from_digit(digit, 16));
+            let digit = u32::try_from(digit)
+                .ok()
+                .and_then(|digit| char::from_digit(digit, 16));
             self.text(digit.unwrap_or('?').encode_utf8(&mut [0; 4]));
         }
         self
@@ -63,7 +68,9 @@ pub fn fail(what: &str, error: Option<isize>) -> ! {
     let mut line = Line::new();
     line.text("engine process: ").text(what);
     if let Some(error) = error {
-        line.text(" (Linux error ").decimal(error.unsigned_abs()).text(")");
+        line.text(" (Linux error ")
+            .decimal(error.unsigned_abs())
+            .text(")");
     }
     line.print();
     linux::exit(EXIT_SHIM)

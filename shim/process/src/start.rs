@@ -148,7 +148,8 @@ extern "C" fn start(stack: *const usize) -> ! {
     state::POOL_LENGTH.store(parameters.pool_length as usize, Relaxed);
 
     // SAFETY: mapped just now, as long as the mapping says.
-    let bytes = unsafe { core::slice::from_raw_parts(kernel_file.start as *const u8, kernel_file.length) };
+    let bytes =
+        unsafe { core::slice::from_raw_parts(kernel_file.start as *const u8, kernel_file.length) };
     let program = match elf::parse(bytes) {
         Ok(program) => program,
         Err(error) => fail_kernel(error),
@@ -173,8 +174,16 @@ extern "C" fn start(stack: *const usize) -> ! {
         memory_limit: parameters.memory_limit,
         dma: MemoryRange::default(),
         dma_physical: 0,
-        link_descriptor: if parameters.link { descriptor::LINK } else { -1 },
-        network_descriptor: if parameters.network { descriptor::NETWORK } else { -1 },
+        link_descriptor: if parameters.link {
+            descriptor::LINK
+        } else {
+            -1
+        },
+        network_descriptor: if parameters.network {
+            descriptor::NETWORK
+        } else {
+            -1
+        },
         device_count: 0,
         xsave_size,
         xsave_mask,
@@ -240,7 +249,11 @@ unsafe fn read_auxiliary(stack: *const usize) -> Auxiliary {
 }
 
 fn fail_layout(what: &str) -> ! {
-    crate::message::Line::new().text("Linux placed the shim's ").text(what).text(" low").print();
+    crate::message::Line::new()
+        .text("Linux placed the shim's ")
+        .text(what)
+        .text(" low")
+        .print();
     fail(
         "Linux placed the shim where the program's memory belongs: set the sysctl vm.mmap_rnd_bits to 28, \
          vm.legacy_va_layout to 0",
@@ -254,7 +267,10 @@ fn locate_shim(auxiliary: &Auxiliary) {
     if layout::meets(start, end) {
         fail_layout("image");
     }
-    state::SHIM.set(MemoryRange { start, length: end - start });
+    state::SHIM.set(MemoryRange {
+        start,
+        length: end - start,
+    });
     if auxiliary.random == 0 {
         fail("Linux gave no random bytes (AT_RANDOM)", None);
     }
@@ -268,7 +284,11 @@ unsafe fn protect_constants(auxiliary: &Auxiliary) {
     let base = &raw const __ehdr_start as usize;
     for index in 0..auxiliary.header_count {
         // SAFETY: our own program headers.
-        let header = unsafe { (auxiliary.headers as *const ProgramHeader).add(index).read() };
+        let header = unsafe {
+            (auxiliary.headers as *const ProgramHeader)
+                .add(index)
+                .read()
+        };
         if header.kind == PT_GNU_RELRO {
             let start = (base + header.address) & !(PAGE_SIZE - 1);
             let end = (base + header.address + header.memory_length) & !(PAGE_SIZE - 1);
@@ -300,7 +320,10 @@ unsafe fn find_clock(vdso: usize) {
                 _ => {}
             }
         }
-        state::VDSO.set(MemoryRange { start: vdso, length: page_up(length).unwrap_or(length) });
+        state::VDSO.set(MemoryRange {
+            start: vdso,
+            length: page_up(length).unwrap_or(length),
+        });
         if dynamic == 0 {
             return;
         }
@@ -334,7 +357,8 @@ unsafe fn find_clock(vdso: usize) {
 }
 
 fn read_parameters() -> (Parameters, MemoryRange) {
-    const FOREIGN: &str = "started with foreign parameters: the shim is not a program to run by hand";
+    const FOREIGN: &str =
+        "started with foreign parameters: the shim is not a program to run by hand";
     let length = match linux::file_size(descriptor::PARAMETERS) {
         Ok((size, _)) if size >= Parameters::SIZE as u64 => size as usize,
         _ => fail(FOREIGN, None),
@@ -357,16 +381,26 @@ fn part(file: MemoryRange, extent: Extent, what: &'static str) -> MemoryRange {
     if end.is_none_or(|end| end > file.length as u64) {
         fail_piece(what);
     }
-    MemoryRange { start: file.start + extent.offset as usize, length: extent.length as usize }
+    MemoryRange {
+        start: file.start + extent.offset as usize,
+        length: extent.length as usize,
+    }
 }
 
 fn fail_piece(what: &str) -> ! {
-    crate::message::Line::new().text("the file ends before its ").text(what).text(" does").print();
+    crate::message::Line::new()
+        .text("the file ends before its ")
+        .text(what)
+        .text(" does")
+        .print();
     fail("the image is damaged: build it again", None)
 }
 
 fn fail_kernel(error: elf::Error) -> ! {
-    crate::message::Line::new().text("the kernel cannot be used: ").text(error.describe()).print();
+    crate::message::Line::new()
+        .text("the kernel cannot be used: ")
+        .text(error.describe())
+        .print();
     fail("the image is damaged: build it again", None)
 }
 
@@ -380,9 +414,15 @@ fn map_piece(file: i32, file_length: u64, extent: Extent, what: &'static str) ->
     if length == 0 {
         return MemoryRange::default();
     }
-    let (page, rest) = (extent.offset as usize & !(PAGE_SIZE - 1), extent.offset as usize % PAGE_SIZE);
+    let (page, rest) = (
+        extent.offset as usize & !(PAGE_SIZE - 1),
+        extent.offset as usize % PAGE_SIZE,
+    );
     match linux::map_new(0, length + rest, raw::PROT_READ, file, page) {
-        Ok(start) => MemoryRange { start: start + rest, length },
+        Ok(start) => MemoryRange {
+            start: start + rest,
+            length,
+        },
         Err(error) => fail("cannot map the image", Some(error)),
     }
 }
@@ -392,7 +432,10 @@ fn map_piece(file: i32, file_length: u64, extent: Extent, what: &'static str) ->
 unsafe fn protect(start: usize, length: usize, protection: u32) {
     // SAFETY: the caller's promise.
     let result = unsafe {
-        linux::syscall(raw::__NR_mprotect, [start, length, protection as usize, 0, 0, 0])
+        linux::syscall(
+            raw::__NR_mprotect,
+            [start, length, protection as usize, 0, 0, 0],
+        )
     };
     if result < 0 {
         fail("Linux refuses to protect the shim's memory", Some(result));
@@ -419,7 +462,10 @@ fn map_kernel(program: &Program, file_offset: usize, mut random: usize) -> Memor
     };
     let base = reserved + PAGE_SIZE;
     let mut text = MemoryRange::default();
-    let mut data = MemoryRange { start: base + program.span, length: 0 };
+    let mut data = MemoryRange {
+        start: base + program.span,
+        length: 0,
+    };
     for segment in program.segments() {
         let delta = segment.address % PAGE_SIZE;
         let start = base + segment.address - delta;
@@ -434,7 +480,11 @@ fn map_kernel(program: &Program, file_offset: usize, mut random: usize) -> Memor
         }
         if segment.write {
             let from = start + delta + segment.file_length;
-            let zeros = if segment.file_length > 0 { start + file_length - from } else { 0 };
+            let zeros = if segment.file_length > 0 {
+                start + file_length - from
+            } else {
+                0
+            };
             // SAFETY: the rest of the last page from the file, which is a private copy.
             unsafe { core::ptr::write_bytes(from as *mut u8, 0, zeros) };
             data.start = data.start.min(start);
@@ -442,21 +492,37 @@ fn map_kernel(program: &Program, file_offset: usize, mut random: usize) -> Memor
             // Text among the data could be made unexecutable by `protect`; no linker puts it there.
             fail_kernel(elf::Error::Segments);
         }
-        let file_length = if segment.file_length > 0 { file_length } else { 0 };
+        let file_length = if segment.file_length > 0 {
+            file_length
+        } else {
+            0
+        };
         if memory_length > file_length {
-            map_fixed(start + file_length, memory_length - file_length, protection, -1, 0);
+            map_fixed(
+                start + file_length,
+                memory_length - file_length,
+                protection,
+                -1,
+                0,
+            );
         }
         if segment.execute {
             if text.length != 0 {
                 fail_kernel(elf::Error::Segments);
             }
-            text = MemoryRange { start, length: memory_length };
+            text = MemoryRange {
+                start,
+                length: memory_length,
+            };
         }
     }
     data.length = base + program.span - data.start;
     state::KERNEL_TEXT.set(text);
     state::KERNEL_DATA.set(data);
-    MemoryRange { start: base, length: program.span }
+    MemoryRange {
+        start: base,
+        length: program.span,
+    }
 }
 
 /// Maps pages over a part of the kernel's reservation.
@@ -491,8 +557,14 @@ fn map_stacks(auxiliary: &Auxiliary) -> (MemoryRange, MemoryRange) {
         Ok(start) => start,
         Err(error) => fail("no memory for stacks", Some(error)),
     };
-    let signal = MemoryRange { start: start + PAGE_SIZE, length: signal };
-    let kernel = MemoryRange { start: signal.start + signal.length + PAGE_SIZE, length: KERNEL_STACK };
+    let signal = MemoryRange {
+        start: start + PAGE_SIZE,
+        length: signal,
+    };
+    let kernel = MemoryRange {
+        start: signal.start + signal.length + PAGE_SIZE,
+        length: KERNEL_STACK,
+    };
     for stack in [signal, kernel] {
         // SAFETY: mapped just now.
         unsafe { protect(stack.start, stack.length, raw::PROT_READ | raw::PROT_WRITE) };
@@ -508,7 +580,9 @@ fn vector_state() -> (u64, u32) {
     }
     let (low, high): (u32, u32);
     // SAFETY: XGETBV exists where OSXSAVE says so.
-    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack)) };
+    unsafe {
+        asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack))
+    };
     let enabled = u64::from(high) << 32 | u64::from(low);
     let saved = enabled & !UNSAVED_COMPONENTS;
     if enabled & !UNSAVED_COMPONENTS == enabled {
@@ -544,9 +618,10 @@ fn make_epoll() {
 /// Leaves no number below [`descriptor::FIRST_FREE`] for descriptors that come over the link: the unused ones
 /// hold the parameters, with which the filter allows nothing.
 fn occupy(parameters: &Parameters) {
-    for (used, number) in
-        [(parameters.link, descriptor::LINK), (parameters.network, descriptor::NETWORK)]
-    {
+    for (used, number) in [
+        (parameters.link, descriptor::LINK),
+        (parameters.network, descriptor::NETWORK),
+    ] {
         if !used {
             // SAFETY: nothing is open at that number.
             let result = unsafe {
@@ -567,7 +642,10 @@ fn confine(filter: MemoryRange) {
         // SAFETY: each call below is as prctl(2) documents it, and takes rights away.
         unsafe { linux::syscall(raw::__NR_prctl, [option as usize, a, b, c, d, 0]) }
     };
-    control(prctl::PR_SET_NAME, [c"kiln-instance".as_ptr() as usize, 0, 0, 0]);
+    control(
+        prctl::PR_SET_NAME,
+        [c"kiln-instance".as_ptr() as usize, 0, 0, 0],
+    );
     control(prctl::PR_SET_DUMPABLE, [0; 4]);
     let result = control(prctl::PR_SET_NO_NEW_PRIVS, [1, 0, 0, 0]);
     if result < 0 {
@@ -590,7 +668,10 @@ fn confine(filter: MemoryRange) {
     }
     // `struct sock_fprog`: a 16-bit count, padding, address.
     let program = [count, filter.start];
-    let result = control(prctl::PR_SET_SECCOMP, [SECCOMP_MODE_FILTER, program.as_ptr() as usize, 0, 0]);
+    let result = control(
+        prctl::PR_SET_SECCOMP,
+        [SECCOMP_MODE_FILTER, program.as_ptr() as usize, 0, 0],
+    );
     if result < 0 {
         fail(
             "this Linux has no seccomp filters (CONFIG_SECCOMP_FILTER), or an outer sandbox forbids them; \

@@ -15,7 +15,10 @@ pub struct Range {
 
 impl Range {
     const fn new() -> Self {
-        Self { start: AtomicUsize::new(0), length: AtomicUsize::new(0) }
+        Self {
+            start: AtomicUsize::new(0),
+            length: AtomicUsize::new(0),
+        }
     }
 
     /// Replaces the range.
@@ -26,7 +29,10 @@ impl Range {
 
     /// The range.
     pub fn get(&self) -> MemoryRange {
-        MemoryRange { start: self.start.load(Relaxed), length: self.length.load(Relaxed) }
+        MemoryRange {
+            start: self.start.load(Relaxed),
+            length: self.length.load(Relaxed),
+        }
     }
 
     /// True if `address` lies in it.
@@ -71,6 +77,7 @@ pub fn pending() -> *mut u32 {
     if cpu.is_null() {
         EARLY_PENDING.as_ptr()
     } else {
-        cpu.wrapping_byte_add(core::mem::offset_of!(CpuArea, pending)).cast()
+        cpu.wrapping_byte_add(core::mem::offset_of!(CpuArea, pending))
+            .cast()
     }
 }

@@ -78,7 +78,10 @@ pub fn create_timers() -> Result<(), isize> {
 
 fn arm(timer: usize, flags: u32, nanoseconds: u64) {
     let value = TimerValue {
-        it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
+        it_interval: Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        },
         it_value: timespec(nanoseconds.max(1)),
     };
     // SAFETY: reads the structure. It fails only for values that `timespec` does not make.
@@ -97,7 +100,10 @@ pub fn timespec(nanoseconds: u64) -> Timespec {
 }
 
 fn read(clock: u32) -> u64 {
-    let mut value = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut value = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     let function = CLOCK_GETTIME.load(Relaxed);
     if function == 0 {
         // SAFETY: writes the structure.
@@ -112,7 +118,11 @@ fn read(clock: u32) -> u64 {
             function(clock.cast_signed(), &raw mut value);
         }
     }
-    value.tv_sec.cast_unsigned().wrapping_mul(1_000_000_000).wrapping_add(value.tv_nsec.cast_unsigned())
+    value
+        .tv_sec
+        .cast_unsigned()
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(value.tv_nsec.cast_unsigned())
 }
 
 /// [`kiln_abi::host::HostInterface::monotonic`].

@@ -134,7 +134,10 @@ pub struct Leave {
     stack: usize,
 }
 
-const BACK: Leave = Leave { address: 0, stack: 0 };
+const BACK: Leave = Leave {
+    address: 0,
+    stack: 0,
+};
 
 /// Kernel faults so far.
 static FAULTS: AtomicU32 = AtomicU32::new(0);
@@ -144,15 +147,24 @@ pub fn install(stack: usize, length: usize) -> Result<(), isize> {
     // `stack_t`: address, flags, size.
     let alternate = [stack, 0, length];
     // SAFETY: the memory is the signal stack's alone.
-    let result =
-        unsafe { linux::syscall(raw::__NR_sigaltstack, [alternate.as_ptr() as usize, 0, 0, 0, 0, 0]) };
+    let result = unsafe {
+        linux::syscall(
+            raw::__NR_sigaltstack,
+            [alternate.as_ptr() as usize, 0, 0, 0, 0, 0],
+        )
+    };
     if result < 0 {
         return Err(result);
     }
-    let flags = raw::SA_SIGINFO | raw::SA_ONSTACK | raw::SA_NODEFER | raw::SA_RESTART | raw::SA_RESTORER;
+    let flags =
+        raw::SA_SIGINFO | raw::SA_ONSTACK | raw::SA_NODEFER | raw::SA_RESTART | raw::SA_RESTORER;
     // Linux's `struct sigaction`: handler, flags, restorer, mask.
-    let action =
-        [kiln_signal as *const () as usize, flags as usize, linux::signal_return(), 0];
+    let action = [
+        kiln_signal as *const () as usize,
+        flags as usize,
+        linux::signal_return(),
+        0,
+    ];
     let ignore = [1, 0, 0, 0];
     for (signal, action) in [
         (raw::SIGSYS, &action),
@@ -178,7 +190,14 @@ pub fn install(stack: usize, length: usize) -> Result<(), isize> {
     let none = 0u64;
     // SAFETY: reads the mask.
     let result = unsafe {
-        let arguments = [raw::SIG_SETMASK as usize, &raw const none as usize, 0, 8, 0, 0];
+        let arguments = [
+            raw::SIG_SETMASK as usize,
+            &raw const none as usize,
+            0,
+            8,
+            0,
+            0,
+        ];
         linux::syscall(raw::__NR_rt_sigprocmask, arguments)
     };
     if result < 0 { Err(result) } else { Ok(()) }
@@ -209,7 +228,9 @@ extern "C" fn handle(
             Standing::Within => BACK,
             Standing::Reached => exhausted(context),
             Standing::FarAbove => {
-                Line::new().text("out of memory: far above the limit, and growing (more: -m)").print();
+                Line::new()
+                    .text("out of memory: far above the limit, and growing (more: -m)")
+                    .print();
                 linux::exit(EXIT_MEMORY)
             }
         },
@@ -248,7 +269,11 @@ fn place(address: u64) -> Place {
 }
 
 fn event(context: &mut SignalContext) -> Leave {
-    let trap = Trap { kind: TrapKind::Event as u64, address: 0, flags: 0 };
+    let trap = Trap {
+        kind: TrapKind::Event as u64,
+        address: 0,
+        flags: 0,
+    };
     match place(context.rip) {
         Place::Program => upcall(context, trap, true),
         Place::Resume => upcall(context, trap, false),
@@ -265,7 +290,11 @@ fn event(context: &mut SignalContext) -> Leave {
 
 /// The memory limit is reached: the program does not go on. The kernel goes on; it gets no more memory.
 fn exhausted(context: &SignalContext) -> Leave {
-    let trap = Trap { kind: TrapKind::Bus as u64, address: 0, flags: fault_flags::EXHAUSTED };
+    let trap = Trap {
+        kind: TrapKind::Bus as u64,
+        address: 0,
+        flags: fault_flags::EXHAUSTED,
+    };
     match place(context.rip) {
         Place::Program => upcall(context, trap, true),
         Place::Resume => upcall(context, trap, false),
@@ -274,7 +303,11 @@ fn exhausted(context: &SignalContext) -> Leave {
 }
 
 fn system_call(information: &SignalInformation, context: &mut SignalContext) -> Leave {
-    let trap = |kind: TrapKind| Trap { kind: kind as u64, address: 0, flags: 0 };
+    let trap = |kind: TrapKind| Trap {
+        kind: kind as u64,
+        address: 0,
+        flags: 0,
+    };
     if information.code != SYS_USER_DISPATCH {
         return kernel_fault(context, trap(TrapKind::SystemCall));
     }
@@ -322,7 +355,11 @@ fn fault(signal: u32, information: &SignalInformation, context: &mut SignalConte
         (raw::SIGILL, _) => TrapKind::InvalidInstruction,
         _ => TrapKind::Protection,
     };
-    let mut trap = Trap { kind: kind as u64, address: 0, flags: 0 };
+    let mut trap = Trap {
+        kind: kind as u64,
+        address: 0,
+        flags: 0,
+    };
     if matches!(kind, TrapKind::MemoryFault | TrapKind::Bus) {
         trap.address = information.address;
         trap.flags = context.error & (fault_flags::WRITE | fault_flags::EXECUTE);
@@ -358,15 +395,25 @@ fn upcall(context: &SignalContext, trap: Trap, store: bool) -> Leave {
     }
     // SAFETY: the kernel has registered the area; `context` points to the running program's registers.
     unsafe {
-        let CpuArea { context: to, upcall_stack, .. } = &*cpu;
+        let CpuArea {
+            context: to,
+            upcall_stack,
+            ..
+        } = &*cpu;
         if store {
-            (**to) = Context { trap, ..registers(context) };
+            (**to) = Context {
+                trap,
+                ..registers(context)
+            };
         } else {
             (**to).trap = trap;
         }
         // Programs do not get to use GS, but nothing keeps one from writing it.
         set_gs_base(cpu as usize);
-        Leave { address: state::UPCALL_ENTRY.load(Relaxed), stack: *upcall_stack }
+        Leave {
+            address: state::UPCALL_ENTRY.load(Relaxed),
+            stack: *upcall_stack,
+        }
     }
 }
 
@@ -379,12 +426,22 @@ fn kernel_fault(context: &SignalContext, trap: Trap) -> Leave {
     }
     // SAFETY: as in `upcall`.
     unsafe {
-        let CpuArea { fault_context, fault_stack, .. } = &*cpu;
+        let CpuArea {
+            fault_context,
+            fault_stack,
+            ..
+        } = &*cpu;
         if !fault_context.is_null() {
-            (**fault_context) = Context { trap, ..registers(context) };
+            (**fault_context) = Context {
+                trap,
+                ..registers(context)
+            };
         }
         set_gs_base(cpu as usize);
-        Leave { address: state::FAULT_ENTRY.load(Relaxed), stack: *fault_stack }
+        Leave {
+            address: state::FAULT_ENTRY.load(Relaxed),
+            stack: *fault_stack,
+        }
     }
 }
 
@@ -396,7 +453,11 @@ fn give_up(context: &SignalContext, trap: Trap, early: bool) -> ! {
     let text = KERNEL_TEXT.get().start;
     let rip = context.rip as usize;
     Line::new()
-        .text(if early { "the kernel faulted at its start" } else { "the kernel keeps faulting" })
+        .text(if early {
+            "the kernel faulted at its start"
+        } else {
+            "the kernel keeps faulting"
+        })
         .text(": trap ")
         .decimal(trap.kind as usize)
         .text(", address ")

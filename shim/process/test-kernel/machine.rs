@@ -185,22 +185,29 @@ pub struct Machine {
     fault_context: Context,
 }
 
-/// Nothing.
 static mut MACHINE: core::mem::MaybeUninit<Machine> = core::mem::MaybeUninit::uninit();
 
 fn range(start: usize, end: usize) -> MemoryRange {
-    MemoryRange { start, length: end - start }
+    MemoryRange {
+        start,
+        length: end - start,
+    }
 }
 
 impl Machine {
     /// Registers with the shim.
+    #[expect(clippy::mut_from_ref, reason = "the machine is a static of its own")]
     pub fn new(boot: &'static BootInformation) -> &'static mut Self {
         let empty = Context::default();
         // SAFETY: called once; there is one thread.
         let machine = unsafe {
-            (*(&raw mut MACHINE)).write(Self {
+            let place = &raw mut MACHINE;
+            (*place).write(Self {
                 boot,
-                context: Context { rflags: 0x202, ..empty },
+                context: Context {
+                    rflags: 0x202,
+                    ..empty
+                },
                 vectors: Vectors([0; 16384]),
                 cpu: CpuArea {
                     self_address: 0,
@@ -225,8 +232,14 @@ impl Machine {
             cpu: &raw mut machine.cpu,
             upcall_entry: upcall_entry as *const () as usize,
             fault_entry: fault_entry as *const () as usize,
-            resume: range(resume_start as *const () as usize, resume_end as *const () as usize),
-            user_copy: range(user_copy as *const () as usize, user_copy_end as *const () as usize),
+            resume: range(
+                resume_start as *const () as usize,
+                resume_end as *const () as usize,
+            ),
+            user_copy: range(
+                user_copy as *const () as usize,
+                user_copy_end as *const () as usize,
+            ),
             user_copy_fault: user_copy_fault as *const () as usize,
         };
         let result = (boot.host.register)(&registration);

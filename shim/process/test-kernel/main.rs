@@ -37,9 +37,15 @@ pub fn check(boot: &BootInformation, condition: bool, what: &str, values: &[u64]
 extern "C" fn start(boot: &'static BootInformation) -> ! {
     // SAFETY: the shim mapped the configuration for as long as we live.
     let configuration = unsafe {
-        core::slice::from_raw_parts(boot.configuration.start as *const u8, boot.configuration.length)
+        core::slice::from_raw_parts(
+            boot.configuration.start as *const u8,
+            boot.configuration.length,
+        )
     };
-    tests::run(boot, core::str::from_utf8(configuration).unwrap_or_default());
+    tests::run(
+        boot,
+        core::str::from_utf8(configuration).unwrap_or_default(),
+    );
     let _ = writeln!(Console(boot), "right");
     (boot.host.exit)(0)
 }

@@ -216,8 +216,18 @@ fn registers(boot: &'static BootInformation) {
     machine.context = context;
     // x87, SSE and AVX state, and all else that the processor has: a pattern in the register parts.
     let size = boot.xsave_size as usize;
-    check(boot, (832..=16384).contains(&size), "xsave size", &[size as u64]);
-    check(boot, boot.xsave_mask & 7 == 7, "xsave mask", &[boot.xsave_mask]);
+    check(
+        boot,
+        (832..=16384).contains(&size),
+        "xsave size",
+        &[size as u64],
+    );
+    check(
+        boot,
+        boot.xsave_mask & 7 == 7,
+        "xsave mask",
+        &[boot.xsave_mask],
+    );
     let pattern = |index: usize| (index * 7 + 3) as u8;
     for index in 160..416 {
         machine.vectors.0[index] = pattern(index);
@@ -241,7 +251,12 @@ fn registers(boot: &'static BootInformation) {
     for round in 0..3 {
         machine.context.rip = at(program_call) as u64;
         let trap = machine.run();
-        check(boot, trap.kind == TrapKind::SystemCall as u64, "kind", &[trap.kind]);
+        check(
+            boot,
+            trap.kind == TrapKind::SystemCall as u64,
+            "kind",
+            &[trap.kind],
+        );
         let got = machine.context;
         check(boot, got.rax == context.rax, "rax", &[got.rax]);
         check(boot, got.rip == context.rip + 2, "rip", &[got.rip]);
@@ -263,21 +278,48 @@ fn registers(boot: &'static BootInformation) {
             (got.rflags & 0x4_0401, context.rflags & 0x4_0401),
         ];
         for (index, (got, wanted)) in kept.into_iter().enumerate() {
-            check(boot, got == wanted, "register", &[index as u64, got, wanted]);
+            check(
+                boot,
+                got == wanted,
+                "register",
+                &[index as u64, got, wanted],
+            );
         }
         for (index, (got, wanted)) in machine.vectors.0.iter().zip(&before).enumerate() {
-            let register = (160..416).contains(&index) || (576..size).contains(&index) || (24..28).contains(&index);
-            check(boot, !register || got == wanted, "vector", &[round, index as u64, (*got).into()]);
+            let register = (160..416).contains(&index)
+                || (576..size).contains(&index)
+                || (24..28).contains(&index);
+            check(
+                boot,
+                !register || got == wanted,
+                "vector",
+                &[round, index as u64, (*got).into()],
+            );
         }
     }
     let trap = machine.run();
-    check(boot, trap.kind == TrapKind::InvalidInstruction as u64, "goes on", &[trap.kind]);
-    check(boot, machine.context.rip == at(program_call) as u64 + 2, "at", &[machine.context.rip]);
+    check(
+        boot,
+        trap.kind == TrapKind::InvalidInstruction as u64,
+        "goes on",
+        &[trap.kind],
+    );
+    check(
+        boot,
+        machine.context.rip == at(program_call) as u64 + 2,
+        "at",
+        &[machine.context.rip],
+    );
     // A program that writes GS hurts nobody but itself.
     machine.context.rip = at(program_gs) as u64;
     machine.context.rax = 1;
     let trap = machine.run();
-    check(boot, trap.kind == TrapKind::SystemCall as u64, "after wrgsbase", &[trap.kind]);
+    check(
+        boot,
+        trap.kind == TrapKind::SystemCall as u64,
+        "after wrgsbase",
+        &[trap.kind],
+    );
 }
 
 /// Every kind of fault in a program.
@@ -294,15 +336,35 @@ fn faults(boot: &'static BootInformation) {
         if kind == TrapKind::MemoryFault {
             check(boot, trap.address == argument as u64, "address", &values);
         }
-        let rip = if flags & fault_flags::EXECUTE != 0 { argument } else { at(program) + offset };
+        let rip = if flags & fault_flags::EXECUTE != 0 {
+            argument
+        } else {
+            at(program) + offset
+        };
         check(boot, machine.context.rip == rip as u64, "rip", &values);
     };
-    let (present, write, execute) = (fault_flags::PRESENT, fault_flags::WRITE, fault_flags::EXECUTE);
+    let (present, write, execute) = (
+        fault_flags::PRESENT,
+        fault_flags::WRITE,
+        fault_flags::EXECUTE,
+    );
     expect(program_load, 0x7000_0000, TrapKind::MemoryFault, 0, 0);
     expect(program_load, 0, TrapKind::MemoryFault, 0, 0);
     expect(program_store, 0x7000_0123, TrapKind::MemoryFault, 0, write);
-    expect(program_store, TEXT + 8, TrapKind::MemoryFault, 0, present | write);
-    expect(program_jump, DATA, TrapKind::MemoryFault, 0, present | execute);
+    expect(
+        program_store,
+        TEXT + 8,
+        TrapKind::MemoryFault,
+        0,
+        present | write,
+    );
+    expect(
+        program_jump,
+        DATA,
+        TrapKind::MemoryFault,
+        0,
+        present | execute,
+    );
     expect(program_jump, 0x7000_0000, TrapKind::MemoryFault, 0, execute);
     expect(program_load, 1 << 63, TrapKind::Protection, 0, 0);
     expect(program_divide, 0, TrapKind::Divide, 4, 0);
@@ -317,7 +379,12 @@ fn faults(boot: &'static BootInformation) {
         let trap = machine.run();
         let values = [trap.kind, machine.context.rip];
         check(boot, trap.kind == TrapKind::Debug as u64, "step", &values);
-        check(boot, machine.context.rip == at(program_nothing) as u64 + step, "step to", &values);
+        check(
+            boot,
+            machine.context.rip == at(program_nothing) as u64 + step,
+            "step to",
+            &values,
+        );
     }
     machine.context.rflags = 0x202;
 
@@ -327,40 +394,110 @@ fn faults(boot: &'static BootInformation) {
     machine.vectors.0[512] = 3;
     machine.context.rip = at(program_float) as u64;
     let trap = machine.run();
-    check(boot, trap.kind == TrapKind::FloatingPoint as u64, "float", &[trap.kind]);
+    check(
+        boot,
+        trap.kind == TrapKind::FloatingPoint as u64,
+        "float",
+        &[trap.kind],
+    );
     machine.vectors.0[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
 
     // An address that cannot be jumped to is the program's fault, though the kernel jumps.
     machine.context.rip = 1 << 62;
     let trap = machine.run();
-    check(boot, trap.kind == TrapKind::Protection as u64, "jump", &[trap.kind]);
-    check(boot, machine.context.rip == 1 << 62, "jump", &[machine.context.rip]);
+    check(
+        boot,
+        trap.kind == TrapKind::Protection as u64,
+        "jump",
+        &[trap.kind],
+    );
+    check(
+        boot,
+        machine.context.rip == 1 << 62,
+        "jump",
+        &[machine.context.rip],
+    );
 
     // Misaligned access with the alignment check on; and a system call with it on harms no one.
     machine.context.rip = at(program_call) as u64;
     machine.context.rflags = 0x4_0202;
     let trap = machine.run();
-    check(boot, trap.kind == TrapKind::SystemCall as u64, "alignment", &[trap.kind]);
+    check(
+        boot,
+        trap.kind == TrapKind::SystemCall as u64,
+        "alignment",
+        &[trap.kind],
+    );
 }
 
 /// Faults of the kernel itself go to its fault entry.
 fn kernel_faults(boot: &'static BootInformation) {
     let machine = Machine::new(boot);
     for round in 0..3 {
-        check(boot, machine.store_faults(0x7000_0000 + round), "unmapped", &[]);
+        check(
+            boot,
+            machine.store_faults(0x7000_0000 + round),
+            "unmapped",
+            &[],
+        );
         let fault = machine.fault();
         let values = [fault.trap.kind, fault.trap.address, fault.rip];
-        check(boot, fault.trap.kind == TrapKind::MemoryFault as u64, "fault", &values);
-        check(boot, fault.trap.address == 0x7000_0000 + round as u64, "fault", &values);
-        check(boot, fault.rdi == 0x7000_0000 + round as u64, "fault registers", &values);
+        check(
+            boot,
+            fault.trap.kind == TrapKind::MemoryFault as u64,
+            "fault",
+            &values,
+        );
+        check(
+            boot,
+            fault.trap.address == 0x7000_0000 + round as u64,
+            "fault",
+            &values,
+        );
+        check(
+            boot,
+            fault.rdi == 0x7000_0000 + round as u64,
+            "fault registers",
+            &values,
+        );
     }
-    check(boot, machine.own_system_call_faults(), "system call of the kernel", &[]);
+    check(
+        boot,
+        machine.own_system_call_faults(),
+        "system call of the kernel",
+        &[],
+    );
     let fault = machine.fault();
-    check(boot, fault.trap.kind == TrapKind::SystemCall as u64, "trap", &[fault.trap.kind]);
-    check(boot, machine.store_faults(boot.kernel_text.start), "kernel text", &[]);
-    check(boot, machine.store_faults(boot.kernel.start - 1), "guard page below", &[]);
-    check(boot, machine.store_faults(boot.kernel.start + boot.kernel.length), "guard above", &[]);
-    check(boot, machine.store_faults(boot.manifest.start), "manifest", &[]);
+    check(
+        boot,
+        fault.trap.kind == TrapKind::SystemCall as u64,
+        "trap",
+        &[fault.trap.kind],
+    );
+    check(
+        boot,
+        machine.store_faults(boot.kernel_text.start),
+        "kernel text",
+        &[],
+    );
+    check(
+        boot,
+        machine.store_faults(boot.kernel.start - 1),
+        "guard page below",
+        &[],
+    );
+    check(
+        boot,
+        machine.store_faults(boot.kernel.start + boot.kernel.length),
+        "guard above",
+        &[],
+    );
+    check(
+        boot,
+        machine.store_faults(boot.manifest.start),
+        "manifest",
+        &[],
+    );
     check(boot, machine.store_faults(boot.root.start), "root", &[]);
     let handler = boot.host.map as usize;
     check(boot, machine.store_faults(handler), "shim's text", &[]);
@@ -372,9 +509,19 @@ fn escape(boot: &'static BootInformation) {
     let machine = Machine::new(boot);
     machine.context.rip = at(program_write) as u64;
     let trap = machine.run();
-    check(boot, trap.kind == TrapKind::SystemCall as u64, "kind", &[trap.kind]);
+    check(
+        boot,
+        trap.kind == TrapKind::SystemCall as u64,
+        "kind",
+        &[trap.kind],
+    );
     let context = machine.context;
-    check(boot, context.rax == 1 && context.rdi == 1, "arguments", &[context.rax, context.rdi]);
+    check(
+        boot,
+        context.rax == 1 && context.rdi == 1,
+        "arguments",
+        &[context.rax, context.rdi],
+    );
     // SAFETY: in the program's text.
     let text = unsafe { core::slice::from_raw_parts(context.rsi as *const u8, 8) };
     check(boot, text == b"ESCAPED\n", "text", &[context.rsi]);
@@ -393,9 +540,24 @@ fn events(boot: &'static BootInformation) {
     machine.context.rip = at(program_count) as u64;
     let trap = machine.run();
     let now = (host.monotonic)();
-    check(boot, trap.kind == TrapKind::Event as u64, "program", &[trap.kind]);
-    check(boot, now >= start + 3 * millisecond, "program's event early", &[now - start]);
-    check(boot, machine.context.rbx > 1000, "program did not run", &[machine.context.rbx]);
+    check(
+        boot,
+        trap.kind == TrapKind::Event as u64,
+        "program",
+        &[trap.kind],
+    );
+    check(
+        boot,
+        now >= start + 3 * millisecond,
+        "program's event early",
+        &[now - start],
+    );
+    check(
+        boot,
+        machine.context.rbx > 1000,
+        "program did not run",
+        &[machine.context.rbx],
+    );
 
     (host.set_timer)((host.monotonic)() + 3 * millisecond);
     while !machine.pending() {}
@@ -405,12 +567,22 @@ fn events(boot: &'static BootInformation) {
     let start = (host.monotonic)();
     let result = (host.wait)(events.as_mut_ptr(), 4, start + 3 * millisecond);
     let waited = (host.monotonic)() - start;
-    check(boot, result == 0 && waited >= 3 * millisecond, "deadline", &[result as u64, waited]);
+    check(
+        boot,
+        result == 0 && waited >= 3 * millisecond,
+        "deadline",
+        &[result as u64, waited],
+    );
     let start = (host.monotonic)();
     (host.set_timer)(start + 3 * millisecond);
     let result = (host.wait)(events.as_mut_ptr(), 4, u64::MAX);
     let waited = (host.monotonic)() - start;
-    check(boot, result == 0 && waited >= 3 * millisecond, "timer", &[result as u64, waited]);
+    check(
+        boot,
+        result == 0 && waited >= 3 * millisecond,
+        "timer",
+        &[result as u64, waited],
+    );
     check(boot, machine.pending(), "timer's flag", &[]);
     let result = (host.wait)(events.as_mut_ptr(), 4, u64::MAX);
     check(boot, result == 0, "pending", &[result as u64]);
@@ -424,16 +596,31 @@ fn events(boot: &'static BootInformation) {
     (host.set_timer)(start + 5 * millisecond);
     let result = (host.wait)(events.as_mut_ptr(), 4, u64::MAX);
     let waited = (host.monotonic)() - start;
-    check(boot, result == 0 && waited >= 5 * millisecond, "moved", &[result as u64, waited]);
+    check(
+        boot,
+        result == 0 && waited >= 5 * millisecond,
+        "moved",
+        &[result as u64, waited],
+    );
     machine.take_pending();
     (host.set_timer)((host.monotonic)() + millisecond);
     (host.set_timer)(u64::MAX);
     let start = (host.monotonic)();
     (host.wait)(events.as_mut_ptr(), 4, start + 4 * millisecond);
     let waited = (host.monotonic)() - start;
-    check(boot, waited >= 4 * millisecond && !machine.pending(), "taken back", &[waited]);
+    check(
+        boot,
+        waited >= 4 * millisecond && !machine.pending(),
+        "taken back",
+        &[waited],
+    );
     let year = 365 * 24 * 3600 * 1_000_000_000u64;
-    check(boot, (host.realtime)() > 50 * year, "wall clock", &[(host.realtime)()]);
+    check(
+        boot,
+        (host.realtime)() > 50 * year,
+        "wall clock",
+        &[(host.realtime)()],
+    );
 }
 
 /// Events at any instruction: none is lost, and no register either.
@@ -453,13 +640,23 @@ fn races(boot: &'static BootInformation) {
         check(boot, (start..end).contains(&context.rip), "rip", &values);
         // Between the two increments, one is ahead.
         let ahead = u64::from(context.rip == start + 3);
-        check(boot, context.rbx == context.r12 + ahead, "registers", &values);
+        check(
+            boot,
+            context.rbx == context.r12 + ahead,
+            "registers",
+            &values,
+        );
         machine.take_pending();
     }
     for round in 0..60_000u64 {
         (host.set_timer)((host.monotonic)() + round * 11 % 5000);
         (host.wait)(events.as_mut_ptr(), 1, u64::MAX);
-        check(boot, machine.take_pending(), "wait ended without an event", &[round]);
+        check(
+            boot,
+            machine.take_pending(),
+            "wait ended without an event",
+            &[round],
+        );
     }
 }
 
@@ -472,24 +669,79 @@ fn memory(boot: &'static BootInformation) {
     let (root, pool) = (Source::Root as u32, Source::Pool as u32);
     let map = |address, length, protection, source, offset, wanted: isize, what: &str| {
         let result = (host.map)(address, length, protection, source, offset);
-        check(boot, result == wanted, what, &[address as u64, result as u64]);
+        check(
+            boot,
+            result == wanted,
+            what,
+            &[address as u64, result as u64],
+        );
     };
     let mebibyte = 1 << 20;
     let base = 0x1_0000_0000;
     let window = 0x6000_0000_0000;
-    map(base, mebibyte, WRITE | EXECUTE, zero, 0, EACCES, "writable and executable");
-    map(base, mebibyte, READ | WRITE | EXECUTE, root, 0, EACCES, "writable and executable");
+    map(
+        base,
+        mebibyte,
+        WRITE | EXECUTE,
+        zero,
+        0,
+        EACCES,
+        "writable and executable",
+    );
+    map(
+        base,
+        mebibyte,
+        READ | WRITE | EXECUTE,
+        root,
+        0,
+        EACCES,
+        "writable and executable",
+    );
     map(base, mebibyte, 8, zero, 0, EINVAL, "unknown protection");
     map(base, mebibyte, READ, 3, 0, EINVAL, "unknown source");
     map(base + 1, mebibyte, READ, zero, 0, EINVAL, "misaligned");
     map(0, PAGE_SIZE, READ, zero, 0, EINVAL, "page zero");
-    map(boot.kernel.start, PAGE_SIZE, READ, zero, 0, EINVAL, "the kernel's image");
-    map(host.map as usize & !4095, PAGE_SIZE, READ, zero, 0, EINVAL, "the shim");
-    map(base, mebibyte, READ, root, 1 << 40, EINVAL, "outside the root");
+    map(
+        boot.kernel.start,
+        PAGE_SIZE,
+        READ,
+        zero,
+        0,
+        EINVAL,
+        "the kernel's image",
+    );
+    map(
+        host.map as usize & !4095,
+        PAGE_SIZE,
+        READ,
+        zero,
+        0,
+        EINVAL,
+        "the shim",
+    );
+    map(
+        base,
+        mebibyte,
+        READ,
+        root,
+        1 << 40,
+        EINVAL,
+        "outside the root",
+    );
     let result = (host.unmap)(boot.kernel.start, PAGE_SIZE);
-    check(boot, result == EINVAL, "unmapped the kernel", &[result as u64]);
+    check(
+        boot,
+        result == EINVAL,
+        "unmapped the kernel",
+        &[result as u64],
+    );
     let result = (host.protect)(boot.kernel_text.start, PAGE_SIZE, READ);
-    check(boot, result == EINVAL, "protected the kernel's text", &[result as u64]);
+    check(
+        boot,
+        result == EINVAL,
+        "protected the kernel's text",
+        &[result as u64],
+    );
 
     // Zero pages; a write to them; their discard; their end.
     map(base, mebibyte, READ | WRITE, zero, 0, 0, "zero pages");
@@ -504,28 +756,89 @@ fn memory(boot: &'static BootInformation) {
     check(boot, (host.discard)(base, mebibyte) == 0, "discard", &[]);
     check(boot, read(base + 5) == 0, "discarded", &[]);
     let result = (host.protect)(base, mebibyte, WRITE | EXECUTE);
-    check(boot, result == EACCES, "protect to write and execute", &[result as u64]);
-    check(boot, (host.protect)(base, PAGE_SIZE, 0) == 0, "protect to nothing", &[]);
-    check(boot, read(base + 5) == -1, "a copy from protected memory", &[]);
+    check(
+        boot,
+        result == EACCES,
+        "protect to write and execute",
+        &[result as u64],
+    );
+    check(
+        boot,
+        (host.protect)(base, PAGE_SIZE, 0) == 0,
+        "protect to nothing",
+        &[],
+    );
+    check(
+        boot,
+        read(base + 5) == -1,
+        "a copy from protected memory",
+        &[],
+    );
     check(boot, (host.unmap)(base, mebibyte) == 0, "unmap", &[]);
     check(boot, read(base + 5) == -1, "a copy from nowhere", &[]);
-    check(boot, read(1 << 63) == -1, "a copy from an impossible address", &[]);
+    check(
+        boot,
+        read(1 << 63) == -1,
+        "a copy from an impossible address",
+        &[],
+    );
 
     // The root: its bytes, a private copy, its bytes again.
-    map(base, 2 * PAGE_SIZE, READ | WRITE, root, PAGE_SIZE as u64, 0, "root");
+    map(
+        base,
+        2 * PAGE_SIZE,
+        READ | WRITE,
+        root,
+        PAGE_SIZE as u64,
+        0,
+        "root",
+    );
     // SAFETY: the shim mapped the root.
     let wanted = unsafe { *((boot.root.start + PAGE_SIZE + 7) as *const u8) };
-    check(boot, read(base + 7) == i32::from(wanted), "root's byte", &[wanted.into()]);
+    check(
+        boot,
+        read(base + 7) == i32::from(wanted),
+        "root's byte",
+        &[wanted.into()],
+    );
     write(base + 7, wanted ^ 0xff);
-    check(boot, read(base + 7) == i32::from(wanted ^ 0xff), "own byte", &[]);
-    check(boot, read(boot.root.start + PAGE_SIZE + 7) == i32::from(wanted), "root changed", &[]);
-    check(boot, (host.discard)(base, 2 * PAGE_SIZE) == 0, "discard", &[]);
-    check(boot, read(base + 7) == i32::from(wanted), "root's byte again", &[]);
+    check(
+        boot,
+        read(base + 7) == i32::from(wanted ^ 0xff),
+        "own byte",
+        &[],
+    );
+    check(
+        boot,
+        read(boot.root.start + PAGE_SIZE + 7) == i32::from(wanted),
+        "root changed",
+        &[],
+    );
+    check(
+        boot,
+        (host.discard)(base, 2 * PAGE_SIZE) == 0,
+        "discard",
+        &[],
+    );
+    check(
+        boot,
+        read(base + 7) == i32::from(wanted),
+        "root's byte again",
+        &[],
+    );
     check(boot, (host.unmap)(base, 2 * PAGE_SIZE) == 0, "unmap", &[]);
 
     // The pool: one page at two addresses.
     map(base, mebibyte, READ | WRITE, pool, 1 << 30, 0, "pool");
-    map(window, mebibyte, READ | WRITE, pool, 1 << 30, 0, "pool again");
+    map(
+        window,
+        mebibyte,
+        READ | WRITE,
+        pool,
+        1 << 30,
+        0,
+        "pool again",
+    );
     write(base + 3, 77);
     check(boot, read(window + 3) == 77, "shared", &[]);
     let used = (host.memory_used)();
@@ -546,15 +859,40 @@ fn memory(boot: &'static BootInformation) {
 
     // Constants after relocation become read-only, once and for all.
     let constants = &raw const CONSTANTS as usize;
-    check(boot, (host.protect)(constants, PAGE_SIZE, READ) == 0, "constants", &[]);
-    check(boot, machine.store_faults(constants + 8), "constants are written", &[]);
+    check(
+        boot,
+        (host.protect)(constants, PAGE_SIZE, READ) == 0,
+        "constants",
+        &[],
+    );
+    check(
+        boot,
+        machine.store_faults(constants + 8),
+        "constants are written",
+        &[],
+    );
     let result = (host.protect)(constants, PAGE_SIZE, READ | WRITE);
-    check(boot, result == EINVAL, "constants made writable", &[result as u64]);
+    check(
+        boot,
+        result == EINVAL,
+        "constants made writable",
+        &[result as u64],
+    );
 
     let mut random = [0u64; 64];
     let length = size_of_val(&random);
-    check(boot, (host.entropy)(random.as_mut_ptr().cast(), length) == 0, "entropy", &[]);
-    check(boot, random.iter().all(|word| *word != 0), "entropy", &random);
+    check(
+        boot,
+        (host.entropy)(random.as_mut_ptr().cast(), length) == 0,
+        "entropy",
+        &[],
+    );
+    check(
+        boot,
+        random.iter().all(|word| *word != 0),
+        "entropy",
+        &random,
+    );
 }
 
 /// A program that touches more memory than there is gets stopped, and no more is mapped.
@@ -568,11 +906,26 @@ fn limit(boot: &'static BootInformation) {
     machine.context.rip = at(program_touch) as u64;
     machine.context.rbx = base as u64;
     let trap = machine.run();
-    check(boot, trap.kind == TrapKind::Bus as u64, "kind", &[trap.kind]);
-    check(boot, trap.flags == fault_flags::EXHAUSTED, "flags", &[trap.flags]);
+    check(
+        boot,
+        trap.kind == TrapKind::Bus as u64,
+        "kind",
+        &[trap.kind],
+    );
+    check(
+        boot,
+        trap.flags == fault_flags::EXHAUSTED,
+        "flags",
+        &[trap.flags],
+    );
     let used = (host.memory_used)();
     let limit = boot.memory_limit;
-    check(boot, used >= limit && used < limit + (256 << 20), "used", &[used, limit]);
+    check(
+        boot,
+        used >= limit && used < limit + (256 << 20),
+        "used",
+        &[used, limit],
+    );
     let result = (host.map)(0x10_0000, PAGE_SIZE, READ | WRITE, Source::Zero as u32, 0);
     check(boot, result == ENOMEM, "more memory", &[result as u64]);
     check(boot, (host.unmap)(base, length) == 0, "unmap", &[]);
@@ -595,9 +948,19 @@ fn link(boot: &'static BootInformation) {
     let mut descriptors = [-1i32; 4];
     for descriptor in 0..6 {
         let result = (host.descriptor_close)(descriptor);
-        check(boot, result == EBADF, "closed the shim's descriptor", &[result as u64]);
+        check(
+            boot,
+            result == EBADF,
+            "closed the shim's descriptor",
+            &[result as u64],
+        );
         let result = (host.descriptor_watch)(descriptor);
-        check(boot, result == EBADF, "watched the shim's descriptor", &[result as u64]);
+        check(
+            boot,
+            result == EBADF,
+            "watched the shim's descriptor",
+            &[result as u64],
+        );
     }
     check(boot, (host.descriptor_watch)(link) == 0, "watch", &[]);
     let mut message = Message {
@@ -610,7 +973,10 @@ fn link(boot: &'static BootInformation) {
         flags: 0,
     };
     loop {
-        let slice = Slice { address: buffer.as_mut_ptr() as usize, length: buffer.len() };
+        let slice = Slice {
+            address: buffer.as_mut_ptr() as usize,
+            length: buffer.len(),
+        };
         message.slices = &raw const slice;
         message.descriptors = descriptors.as_mut_ptr();
         message.descriptor_count = 4;
@@ -618,9 +984,19 @@ fn link(boot: &'static BootInformation) {
         if result == EAGAIN {
             let count = (host.wait)(events.as_mut_ptr(), 8, u64::MAX);
             for event in events.iter().take(count as usize) {
-                check(boot, event.source == link as u32, "source", &[event.source.into()]);
+                check(
+                    boot,
+                    event.source == link as u32,
+                    "source",
+                    &[event.source.into()],
+                );
                 let wanted = event_flags::READABLE | event_flags::WRITABLE | event_flags::HANGUP;
-                check(boot, event.flags & wanted != 0, "flags", &[event.flags.into()]);
+                check(
+                    boot,
+                    event.flags & wanted != 0,
+                    "flags",
+                    &[event.flags.into()],
+                );
             }
             continue;
         }
@@ -633,8 +1009,14 @@ fn link(boot: &'static BootInformation) {
             // In two pieces, so as to take the other path.
             let text = b"hello";
             let slices = [
-                Slice { address: text.as_ptr() as usize, length: 2 },
-                Slice { address: text.as_ptr() as usize + 2, length: 3 },
+                Slice {
+                    address: text.as_ptr() as usize,
+                    length: 2,
+                },
+                Slice {
+                    address: text.as_ptr() as usize + 2,
+                    length: 3,
+                },
             ];
             let hello = Message {
                 slices: slices.as_ptr(),
@@ -646,9 +1028,17 @@ fn link(boot: &'static BootInformation) {
             check(boot, result == 5, "hello", &[result as u64]);
             let result = (host.descriptor_shutdown)(*descriptor, 1);
             check(boot, result == 0, "shutdown", &[result as u64]);
-            check(boot, (host.descriptor_close)(*descriptor) == 0, "close", &[]);
+            check(
+                boot,
+                (host.descriptor_close)(*descriptor) == 0,
+                "close",
+                &[],
+            );
         }
-        let echo = Slice { address: buffer.as_ptr() as usize, length: result as usize };
+        let echo = Slice {
+            address: buffer.as_ptr() as usize,
+            length: result as usize,
+        };
         message.slices = &raw const echo;
         let sent = (host.descriptor_send)(link, &message);
         check(boot, sent == result, "echo", &[sent as u64]);
@@ -742,7 +1132,10 @@ fn measure(boot: &'static BootInformation) {
         (host.unmap)(DATA, PAGE_SIZE);
     });
     let byte = 0u8;
-    let slice = Slice { address: &raw const byte as usize, length: 1 };
+    let slice = Slice {
+        address: &raw const byte as usize,
+        length: 1,
+    };
     let message = Message {
         slices: &raw const slice,
         slice_count: 1,
@@ -752,7 +1145,11 @@ fn measure(boot: &'static BootInformation) {
         descriptor_count: 0,
         flags: 0,
     };
-    time("send of a byte over the link, perhaps into a full buffer", 2_000, &mut || {
-        (host.descriptor_send)(boot.link_descriptor, &message);
-    });
+    time(
+        "send of a byte over the link, perhaps into a full buffer",
+        2_000,
+        &mut || {
+            (host.descriptor_send)(boot.link_descriptor, &message);
+        },
+    );
 }

@@ -1,11 +1,14 @@
 //! Starts a test kernel (`test-kernel/`) on the shim, through the engine `process`, and sees that the host interface
 //! keeps what `abi/src/host.rs` promises and that the confinement holds.
 
-use std::fs::File;
+use std::ffi::OsStr;
+use std::fs::{File, Permissions};
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -34,6 +37,17 @@ struct Programs {
 fn programs() -> &'static Programs {
     static PROGRAMS: OnceLock<Programs> = OnceLock::new();
     PROGRAMS.get_or_init(|| {
+        if let Some(directory) = std::env::var_os(PREBUILT) {
+            let directory = PathBuf::from(directory);
+            let shim = std::fs::read(directory.join("shim")).unwrap().leak();
+            let pieces = std::fs::read(directory.join("pieces")).unwrap();
+            let image = directory.join("image");
+            return Programs {
+                shim,
+                image,
+                pieces: serde_json::from_slice(&pieces).unwrap(),
+            };
+        }
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
         let target = directory.join("freestanding-target");
         let status = Command::new(env!("CARGO"))
@@ -51,19 +65,83 @@ fn programs() -> &'static Programs {
         let read = |name: &str| std::fs::read(target.join("freestanding").join(name)).unwrap();
         let shim = read("kiln-shim-process").leak();
         let kernel = read("kiln-shim-process-test-kernel");
-        let image = directory.join(format!("image-{}", std::process::id()));
+        let image = directory.join("image");
         let mut bytes = vec![0; 4096];
         let mut add = |piece: &[u8]| {
             let offset = bytes.len() as u64;
             bytes.extend(piece);
             bytes.resize(bytes.len().next_multiple_of(4096), 0);
-            Piece { offset, length: piece.len() as u64 }
+            Piece {
+                offset,
+                length: piece.len() as u64,
+            }
         };
         let root: Vec<u8> = (0..20_000u32).map(|index| (index % 251) as u8).collect();
-        let pieces = Pieces { kernel: add(&kernel), manifest: add(b"{}"), root: add(&root) };
-        std::fs::write(&image, bytes).unwrap();
-        Programs { shim, image, pieces }
+        let pieces = Pieces {
+            kernel: add(&kernel),
+            manifest: add(b"{}"),
+            root: add(&root),
+        };
+        // Another process of these tests may do the same now.
+        let new = directory.join(format!("image-{}", std::process::id()));
+        std::fs::write(&new, bytes).unwrap();
+        std::fs::rename(&new, &image).unwrap();
+        Programs {
+            shim,
+            image,
+            pieces,
+        }
     })
+}
+
+/// Names a folder with what [`programs`] would build, for users who cannot.
+const PREBUILT: &str = "KILN_TEST_PREBUILT";
+
+/// A folder that is removed again.
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs tests of this file as another user, below a wrapping command perhaps.
+fn as_user(wrapper: &[&str], tests: &[&str]) {
+    let programs = programs();
+    let name = format!("kiln-shim-test-{}-{}", std::process::id(), wrapper.len());
+    let folder = Folder(std::env::temp_dir().join(name));
+    std::fs::create_dir(&folder.0).unwrap();
+    let executable = folder.0.join("tests");
+    std::fs::copy(std::env::current_exe().unwrap(), &executable).unwrap();
+    std::fs::copy(&programs.image, folder.0.join("image")).unwrap();
+    std::fs::write(folder.0.join("shim"), programs.shim).unwrap();
+    let pieces = serde_json::to_vec(&programs.pieces).unwrap();
+    std::fs::write(folder.0.join("pieces"), pieces).unwrap();
+    for (path, mode) in [(&folder.0, 0o755), (&folder.0.join("image"), 0o644)] {
+        std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+    let mut words = wrapper
+        .iter()
+        .map(OsStr::new)
+        .chain([executable.as_os_str()]);
+    let output = Command::new(words.next().unwrap())
+        .args(words)
+        .args(["--exact", "--test-threads", "1"])
+        .args(tests)
+        .env(PREBUILT, &folder.0)
+        .current_dir("/")
+        .uid(1234)
+        .gid(1234)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(text.contains(&format!("{} passed", tests.len())), "{text}");
 }
 
 struct Instance {
@@ -126,7 +204,11 @@ fn start(test: &str) -> Instance {
     let programs = programs();
     let (launch, console, link) = launch(test, &programs.image, programs.pieces);
     let running = ProcessEngine::new(programs.shim).start(launch).unwrap();
-    Instance { running, console, link }
+    Instance {
+        running,
+        console,
+        link,
+    }
 }
 
 /// Runs a test of the kernel's that ends well.
@@ -218,14 +300,20 @@ fn exit_codes_and_early_faults() {
     assert_eq!(start("exit").end(), (End::Exited(77), String::new()));
     let (end, text) = start("early-fault").end();
     assert_eq!(end, End::Exited(exit_code::KERNEL_PANIC));
-    assert!(text.starts_with("kiln: the kernel faulted at its start: trap 4"), "{text}");
+    assert!(
+        text.starts_with("kiln: the kernel faulted at its start: trap 4"),
+        "{text}"
+    );
 }
 
 #[test]
 fn a_kernel_that_cannot_take_its_faults_is_ended() {
     let (end, text) = start("bad-registration").end();
     assert_eq!(end, End::Exited(exit_code::KERNEL_PANIC), "{text}");
-    assert!(text.starts_with("kiln: the kernel keeps faulting"), "{text}");
+    assert!(
+        text.starts_with("kiln: the kernel keeps faulting"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -258,7 +346,9 @@ fn messages_and_descriptors_come_over_the_link() {
 /// Value of a field in `/proc/PID/status`.
 fn status(pid: u32, field: &str) -> String {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(":\t"));
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(":\t"));
     line.unwrap().to_owned()
 }
 
@@ -280,7 +370,7 @@ fn an_instance_is_alone_and_without_privileges() {
     for field in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
         assert_eq!(status(pid, field), "0000000000000000", "{field}");
     }
-    if rustix::process::geteuid().is_root() {
+    if rustix::process::geteuid().is_root() && std::env::var_os(PREBUILT).is_none() {
         assert_eq!(status(pid, "Uid"), "65534\t65534\t65534\t65534");
         assert_eq!(status(pid, "Groups").trim(), "");
         let root = std::fs::read_dir(format!("/proc/{pid}/root/")).unwrap();
@@ -292,7 +382,15 @@ fn an_instance_is_alone_and_without_privileges() {
         }
         let mut open: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/fd"))
             .unwrap()
-            .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
+            .map(|entry| {
+                entry
+                    .unwrap()
+                    .file_name()
+                    .to_str()
+                    .unwrap()
+                    .parse()
+                    .unwrap()
+            })
             .collect();
         open.sort_unstable();
         assert_eq!(open, [0, 1, 2, 3, 4, 5, 6, 7]);
@@ -301,7 +399,10 @@ fn an_instance_is_alone_and_without_privileges() {
             assert!(!line.split(' ').nth(1).unwrap().contains("wx"), "{line}");
             let start = line.split('-').next().unwrap();
             let start = u64::from_str_radix(start, 16).unwrap();
-            assert!(start >= kiln_abi::host::PROGRAM_END as u64, "in the program's range: {line}");
+            assert!(
+                start >= kiln_abi::host::PROGRAM_END as u64,
+                "in the program's range: {line}"
+            );
         }
         assert!(maps.lines().count() > 10);
     }
@@ -310,7 +411,11 @@ fn an_instance_is_alone_and_without_privileges() {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
         stat.split(' ').next().unwrap().parse::<u64>().unwrap()
     };
-    let asleep = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") S ");
+    let asleep = || {
+        std::fs::read_to_string(format!("/proc/{pid}/stat"))
+            .unwrap()
+            .contains(") S ")
+    };
     eventually("asleep", asleep);
     let before = ticks();
     std::thread::sleep(Duration::from_millis(300));
@@ -351,7 +456,12 @@ fn monitor_to_be_killed() {
 fn an_instance_ends_with_its_monitor() {
     programs();
     let mut monitor = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "monitor_to_be_killed", "--nocapture"])
+        .args([
+            "--ignored",
+            "--exact",
+            "monitor_to_be_killed",
+            "--nocapture",
+        ])
         .env("KILN_TEST_MONITOR", "1")
         .stdout(Stdio::piped())
         .spawn()
@@ -376,19 +486,48 @@ fn damaged_images_are_refused() {
     let attempt = |pieces: Pieces| {
         let (launch, console, link) = launch("nothing", &programs.image, pieces);
         let running = ProcessEngine::new(programs.shim).start(launch).unwrap();
-        let (end, text) = Instance { running, console, link }.end();
+        let (end, text) = Instance {
+            running,
+            console,
+            link,
+        }
+        .end();
         assert_eq!(end, End::Exited(EXIT_SHIM), "{text}");
         text
     };
     let good = programs.pieces;
-    let text = attempt(Pieces { root: Piece { length: good.root.length + 8192, ..good.root }, ..good });
-    assert!(text.contains("the file ends before its root file system does"), "{text}");
+    let text = attempt(Pieces {
+        root: Piece {
+            length: good.root.length + 8192,
+            ..good.root
+        },
+        ..good
+    });
+    assert!(
+        text.contains("the file ends before its root file system does"),
+        "{text}"
+    );
     assert!(text.contains("build it again"), "{text}");
-    let text = attempt(Pieces { kernel: Piece { offset: u64::MAX, length: 2 }, ..good });
+    let text = attempt(Pieces {
+        kernel: Piece {
+            offset: u64::MAX,
+            length: 2,
+        },
+        ..good
+    });
     assert!(text.contains("before its kernel"), "{text}");
-    let text = attempt(Pieces { kernel: good.root, ..good });
+    let text = attempt(Pieces {
+        kernel: good.root,
+        ..good
+    });
     assert!(text.contains("no position-independent ELF file"), "{text}");
-    let text = attempt(Pieces { kernel: Piece { length: 9000, ..good.kernel }, ..good });
+    let text = attempt(Pieces {
+        kernel: Piece {
+            length: 9000,
+            ..good.kernel
+        },
+        ..good
+    });
     assert!(text.contains("truncated"), "{text}");
 }
 
@@ -400,6 +539,42 @@ fn a_shim_that_linux_cannot_execute_is_an_error() {
         panic!("it was started");
     };
     assert!(error.to_string().contains("execute"), "{error}");
+}
+
+const FOR_EVERY_USER: &[&str] = &[
+    "a_system_call_of_the_program_is_not_executed_by_the_host",
+    "an_instance_is_alone_and_without_privileges",
+    "calls_outside_the_filter_kill_the_instance",
+    "messages_and_descriptors_come_over_the_link",
+    "an_instance_ends_with_its_monitor",
+];
+
+#[test]
+fn an_unprivileged_user_can_do_the_same() {
+    if rustix::process::geteuid().is_root() {
+        as_user(&[], FOR_EVERY_USER);
+    }
+}
+
+/// Within a user namespace that allows no further one, the seccomp filter holds alone.
+#[test]
+fn hosts_without_namespaces_will_do() {
+    if rustix::process::geteuid().is_root() {
+        let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all \
+                      --inh-caps=-all --no-new-privs -- \"$@\"";
+        as_user(
+            &[
+                "unshare",
+                "--user",
+                "--map-root-user",
+                "sh",
+                "-c",
+                script,
+                "sh",
+            ],
+            FOR_EVERY_USER,
+        );
+    }
 }
 
 #[test]
@@ -422,12 +597,23 @@ fn costs() {
         let begin = Instant::now();
         let running = ProcessEngine::new(programs.shim).start(launch).unwrap();
         starts.push(begin.elapsed());
-        let (end, _) = Instance { running, console, link }.end();
+        let (end, _) = Instance {
+            running,
+            console,
+            link,
+        }
+        .end();
         wholes.push(begin.elapsed());
         assert_eq!(end, End::Exited(77));
     }
     starts.sort_unstable();
     wholes.sort_unstable();
-    println!("engine start until the shim is executed: {:?} (median)", starts[100]);
-    println!("engine start until the instance has ended: {:?} (median)", wholes[100]);
+    println!(
+        "engine start until the shim is executed: {:?} (median)",
+        starts[100]
+    );
+    println!(
+        "engine start until the instance has ended: {:?} (median)",
+        wholes[100]
+    );
 }

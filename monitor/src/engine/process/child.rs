@@ -65,7 +65,12 @@ pub fn has_seccomp() -> bool {
     let action = libc::SECCOMP_RET_KILL_PROCESS;
     // SAFETY: reads the action.
     let result = unsafe {
-        libc::syscall(libc::SYS_seccomp, SECCOMP_GET_ACTION_AVAIL, 0, &raw const action)
+        libc::syscall(
+            libc::SYS_seccomp,
+            SECCOMP_GET_ACTION_AVAIL,
+            0,
+            &raw const action,
+        )
     };
     result == 0
 }
@@ -87,8 +92,8 @@ pub enum Step {
     Statm,
     /// Moving descriptors.
     Descriptors,
-    /// Giving up user and group.
-    Identity,
+    /// Giving up privileges.
+    Privileges,
     /// Resource limits.
     Limits,
     /// Asking to end with the monitor.
@@ -171,7 +176,10 @@ pub fn spawn(
         unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) };
     }
     if pid < 0 {
-        return Err(Failure { step: Step::Clone, error: clone_error });
+        return Err(Failure {
+            step: Step::Clone,
+            error: clone_error,
+        });
     }
     // SAFETY: the kernel made the descriptor for us.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
@@ -180,9 +188,15 @@ pub fn spawn(
     if let Some((step, error)) = failure {
         // SAFETY: reaps the child, which has ended; no result is wanted.
         unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
-        return Err(Failure { step, error: io::Error::from_raw_os_error(error) });
+        return Err(Failure {
+            step,
+            error: io::Error::from_raw_os_error(error),
+        });
     }
-    Ok(Child { pid: pid.unsigned_abs(), pidfd })
+    Ok(Child {
+        pid: pid.unsigned_abs(),
+        pidfd,
+    })
 }
 
 extern "C" fn run(plan: *mut c_void) -> c_int {
@@ -232,12 +246,7 @@ fn prepare_and_execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, (Ste
     }
     let shim = place_descriptors(plan.descriptors, statm)?;
     limit()?;
-    if plan.drop_identity {
-        let step = Step::Identity;
-        call(step, libc::SYS_setgroups, [0; 5])?;
-        call(step, libc::SYS_setresgid, [UNPRIVILEGED, UNPRIVILEGED, UNPRIVILEGED, 0, 0])?;
-        call(step, libc::SYS_setresuid, [UNPRIVILEGED, UNPRIVILEGED, UNPRIVILEGED, 0, 0])?;
-    }
+    give_up_privileges(plan.drop_identity)?;
     end_with_monitor()?;
     let arguments = [plan.name.as_ptr(), std::ptr::null()];
     let environment = [std::ptr::null::<u8>()];
@@ -261,10 +270,22 @@ fn enter_empty_root() -> Result<(), (Step, i32)> {
     const FSCONFIG_CMD_CREATE: c_long = 6;
     const FSMOUNT_CLOEXEC: c_long = 1;
     const ATTRIBUTES: c_long = 1 | 2 | 4 | 8; // MOUNT_ATTR_RDONLY, NOSUID, NODEV, NOEXEC
-    let step = Step::Identity;
-    let context = call(step, libc::SYS_fsopen, [text(c"tmpfs"), FSOPEN_CLOEXEC, 0, 0, 0])?;
-    call(step, libc::SYS_fsconfig, [context, FSCONFIG_CMD_CREATE, 0, 0, 0])?;
-    let root = call(step, libc::SYS_fsmount, [context, FSMOUNT_CLOEXEC, ATTRIBUTES, 0, 0])?;
+    let step = Step::Privileges;
+    let context = call(
+        step,
+        libc::SYS_fsopen,
+        [text(c"tmpfs"), FSOPEN_CLOEXEC, 0, 0, 0],
+    )?;
+    call(
+        step,
+        libc::SYS_fsconfig,
+        [context, FSCONFIG_CMD_CREATE, 0, 0, 0],
+    )?;
+    let root = call(
+        step,
+        libc::SYS_fsmount,
+        [context, FSMOUNT_CLOEXEC, ATTRIBUTES, 0, 0],
+    )?;
     call(step, libc::SYS_fchdir, [root, 0, 0, 0, 0])?;
     call(step, libc::SYS_chroot, [text(c"."), 0, 0, 0, 0])?;
     Ok(())
@@ -310,16 +331,47 @@ fn limit() -> Result<(), (Step, i32)> {
         let limit = &raw const limit as c_long;
         call(step, libc::SYS_prlimit64, [0, resource.into(), limit, 0, 0])
     };
-    let both = |value| libc::rlimit { rlim_cur: value, rlim_max: value };
+    let both = |value| libc::rlimit {
+        rlim_cur: value,
+        rlim_max: value,
+    };
     set(libc::RLIMIT_CORE, both(0))?;
     set(libc::RLIMIT_MEMLOCK, both(0))?;
     // Unlimited stacks make Linux place mappings from the bottom, where the program's memory belongs.
     set(libc::RLIMIT_STACK, both(STACK_LIMIT))?;
     let mut files = both(0);
     let old = &raw mut files as c_long;
-    call(step, libc::SYS_prlimit64, [0, libc::RLIMIT_NOFILE.into(), 0, old, 0])?;
+    call(
+        step,
+        libc::SYS_prlimit64,
+        [0, libc::RLIMIT_NOFILE.into(), 0, old, 0],
+    )?;
     files.rlim_cur = files.rlim_max;
     set(libc::RLIMIT_NOFILE, files)?;
+    Ok(())
+}
+
+/// Leaves user, groups and capabilities behind.
+fn give_up_privileges(identity: bool) -> Result<(), (Step, i32)> {
+    const VERSION_3: u32 = 0x2008_0522;
+    let step = Step::Privileges;
+    if identity {
+        // Root of a user namespace may have no other user to become; and is none outside it.
+        let _ = call(step, libc::SYS_setgroups, [0; 5]);
+        let groups = [UNPRIVILEGED, UNPRIVILEGED, UNPRIVILEGED, 0, 0];
+        let _ = call(step, libc::SYS_setresgid, groups);
+        let _ = call(step, libc::SYS_setresuid, groups);
+    }
+    // Without this, executing a program as user 0 would give all capabilities back.
+    call(
+        step,
+        libc::SYS_prctl,
+        [libc::PR_SET_NO_NEW_PRIVS.into(), 1, 0, 0, 0],
+    )?;
+    // `struct __user_cap_header_struct`: version, this process; twice effective, permitted, inheritable.
+    let (header, none) = ([VERSION_3, 0], [0u32; 6]);
+    let (header, none) = (header.as_ptr() as c_long, none.as_ptr() as c_long);
+    call(step, libc::SYS_capset, [header, none, 0, 0, 0])?;
     Ok(())
 }
 
@@ -329,7 +381,11 @@ fn end_with_monitor() -> Result<(), (Step, i32)> {
     let (option, signal) = (libc::PR_SET_PDEATHSIG.into(), libc::SIGKILL.into());
     call(step, libc::SYS_prctl, [option, signal, 0, 0, 0])?;
     // It may have died before: then nobody holds the other end of the link.
-    let mut link = libc::pollfd { fd: descriptor::LINK, events: 0, revents: 0 };
+    let mut link = libc::pollfd {
+        fd: descriptor::LINK,
+        events: 0,
+        revents: 0,
+    };
     let polled = call(step, libc::SYS_poll, [&raw mut link as c_long, 1, 0, 0, 0])?;
     if polled == 1 && link.revents & libc::POLLHUP != 0 {
         return Err((step, libc::EPIPE));

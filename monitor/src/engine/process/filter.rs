@@ -55,7 +55,12 @@ fn calls() -> Vec<(libc::c_long, Vec<Rule>)> {
     let mapping = |flags: i32, file: Option<i32>| {
         let mut rule = vec![
             (2, Qword, Le, HIGHEST_PROTECTION),
-            (3, Qword, Eq, u64::from((flags | libc::MAP_FIXED).unsigned_abs())),
+            (
+                3,
+                Qword,
+                Eq,
+                u64::from((flags | libc::MAP_FIXED).unsigned_abs()),
+            ),
         ];
         rule.extend(file.map(|number| (4, Dword, Eq, descriptor_value(number))));
         rule
@@ -71,7 +76,10 @@ fn calls() -> Vec<(libc::c_long, Vec<Rule>)> {
                 mapping(libc::MAP_SHARED, Some(descriptor::POOL)),
             ],
         ),
-        (libc::SYS_mprotect, vec![vec![(2, Qword, Le, HIGHEST_PROTECTION)]]),
+        (
+            libc::SYS_mprotect,
+            vec![vec![(2, Qword, Le, HIGHEST_PROTECTION)]],
+        ),
         (libc::SYS_munmap, vec![]),
         (
             libc::SYS_madvise,
@@ -92,7 +100,10 @@ fn calls() -> Vec<(libc::c_long, Vec<Rule>)> {
             libc::SYS_sendto,
             vec![vec![(3, Dword, MaskedEq(fast_open), 0), (4, Qword, Eq, 0)]],
         ),
-        (libc::SYS_sendmsg, vec![vec![(2, Dword, MaskedEq(fast_open), 0)]]),
+        (
+            libc::SYS_sendmsg,
+            vec![vec![(2, Dword, MaskedEq(fast_open), 0)]],
+        ),
         (libc::SYS_recvfrom, vec![]),
         (libc::SYS_recvmsg, vec![]),
         (libc::SYS_shutdown, vec![]),
@@ -152,7 +163,10 @@ mod tests {
     fn the_table_above_lists_every_call() {
         assert_eq!(calls().len(), 21);
         let source = include_str!("filter.rs");
-        let listed = source.lines().filter(|line| line.starts_with("//! | `")).count();
+        let listed = source
+            .lines()
+            .filter(|line| line.starts_with("//! | `"))
+            .count();
         // Two lines of the table name two calls.
         assert_eq!(listed + 2, calls().len());
     }
