@@ -123,7 +123,7 @@ impl FrameReader {
     ///
     /// # Errors
     /// When the kernel announces a payload beyond [`MAX_PAYLOAD`].
-    pub fn next(&mut self) -> Result<Option<Frame<'_>>, Error> {
+    pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, Error> {
         let Some(bytes) = self.buffer.get(self.start..self.end) else {
             return Ok(None);
         };
@@ -338,7 +338,7 @@ mod tests {
                 let cut = (1 + random.next(100_000)).min(rest.len());
                 reader.push(&rest[..cut]);
                 rest = &rest[cut..];
-                while let Some(frame) = reader.next().unwrap() {
+                while let Some(frame) = reader.next_frame().unwrap() {
                     found.push((frame.channel, frame.payload.to_vec()));
                 }
             }
@@ -356,7 +356,7 @@ mod tests {
                 .collect();
             let mut reader = FrameReader::default();
             reader.push(&bytes);
-            while let Ok(Some(frame)) = reader.next() {
+            while let Ok(Some(frame)) = reader.next_frame() {
                 let _ = decode(frame.payload);
             }
             assert!(reader.buffer.len() <= HEADER + MAX_PAYLOAD as usize);
@@ -364,7 +364,7 @@ mod tests {
         }
         let mut reader = FrameReader::default();
         reader.push(&header(0, MAX_PAYLOAD + 1));
-        assert!(matches!(reader.next(), Err(Error::Protocol(_))));
+        assert!(matches!(reader.next_frame(), Err(Error::Protocol(_))));
     }
 
     #[test]
@@ -413,7 +413,7 @@ mod tests {
                 }
             }
             reader.push(&buffer[..message.bytes]);
-            while let Some(frame) = reader.next().unwrap() {
+            while let Some(frame) = reader.next_frame().unwrap() {
                 assert_eq!(frame.channel, CONTROL);
                 let Ok(ToKernel::Accepted { peer, .. }) = postcard::from_bytes(frame.payload)
                 else {

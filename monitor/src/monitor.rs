@@ -446,11 +446,13 @@ impl<'a> Monitor<'a> {
             .map_err(Error::io("speak to the kernel"))?;
             self.link_watched = full;
         }
-        if let Some(sockets) = &mut self.sockets {
-            if self.sockets_paused && !full && self.retry.is_none() {
-                sockets.watch(&mut self.poller).map_err(failed())?;
-                self.sockets_paused = false;
-            }
+        if let Some(sockets) = &mut self.sockets
+            && self.sockets_paused
+            && !full
+            && self.retry.is_none()
+        {
+            sockets.watch(&mut self.poller).map_err(failed())?;
+            self.sockets_paused = false;
         }
         Ok(())
     }
@@ -561,7 +563,7 @@ impl<'a> Monitor<'a> {
                 let Messages::Link(reader) = &mut self.messages else {
                     return Ok(());
                 };
-                let Some(frame) = reader.next()? else {
+                let Some(frame) = reader.next_frame()? else {
                     break;
                 };
                 if frame.channel != CONTROL {
@@ -991,7 +993,7 @@ fn serve_volumes(
             Ok(Fill::End) | Err(_) => return,
         }
         loop {
-            let frame = match reader.next() {
+            let frame = match reader.next_frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
                 Err(error) => {

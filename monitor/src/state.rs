@@ -334,21 +334,20 @@ impl StateDirectory {
         }
         let mut instance = Instance::read(directory.clone())
             .map_err(|error| if directory.is_dir() { error } else { unknown() })?;
-        if matches!(instance.state.phase, Phase::Starting | Phase::Running) {
-            if let Some(lock) = instance.try_lock()? {
-                // The monitor may have written its last word between our reading and our locking.
-                instance.state = read_json(&directory, "state.json")?;
-                if matches!(instance.state.phase, Phase::Starting | Phase::Running) {
-                    instance.state.phase = Phase::Crashed;
-                    instance.state.ended = Some(now());
-                    instance.state.reason = Some("its monitor died".to_owned());
-                    instance.state.exit_code = None;
-                    instance.state.process = None;
-                    instance.state.monitor = None;
-                    write_json(&directory, "state.json", &instance.state)?;
-                    let _ = fs::remove_file(directory.join(CONTROL));
-                }
-                drop(lock);
+        if instance.alive()
+            && let Some(_lock) = instance.try_lock()?
+        {
+            // The monitor may have written its last word between our reading and our locking.
+            instance.state = read_json(&directory, "state.json")?;
+            if instance.alive() {
+                instance.state.phase = Phase::Crashed;
+                instance.state.ended = Some(now());
+                instance.state.reason = Some("its monitor died".to_owned());
+                instance.state.exit_code = None;
+                instance.state.process = None;
+                instance.state.monitor = None;
+                write_json(&directory, "state.json", &instance.state)?;
+                let _ = fs::remove_file(directory.join(CONTROL));
             }
         }
         Ok(instance)

@@ -148,11 +148,8 @@ impl VolumeServer {
 
     /// Answers one request. The reply has [`HEADER`] free bytes before it; `None`: the request has no answer.
     pub fn handle(&mut self, request: &mut [u8]) -> Option<Vec<u8>> {
-        let (unique, code) = match identify(request) {
-            Some(found) => found,
-            // Without a header there is nobody to answer.
-            None => return None,
-        };
+        // Without a header there is nobody to answer.
+        let (unique, code) = identify(request)?;
         if let Err(error) = guard(code, request, self.read_only) {
             return Some(failure(unique, error));
         }
