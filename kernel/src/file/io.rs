@@ -88,6 +88,19 @@ impl Cursor {
         }
     }
 
+    /// Gives the remaining segments to `use_them`, without allocating where they lie in one piece or whole.
+    fn with_remaining<R>(&mut self, use_them: impl FnOnce(&[Slice]) -> R) -> R {
+        let Some(first) = self.current() else { return use_them(&[]) };
+        let rest = self.slices().get(self.index..).unwrap_or_default();
+        if rest.len() == 1 {
+            return use_them(&[first]);
+        }
+        if self.offset == 0 {
+            return use_them(rest);
+        }
+        use_them(&self.remaining_slices())
+    }
+
     /// The remaining segments, for handing to the host as they are.
     fn remaining_slices(&mut self) -> Vec<Slice> {
         let Some(first) = self.current() else { return Vec::new() };
@@ -187,6 +200,11 @@ impl<'a> Sink<'a> {
         self.cursor.remaining_slices()
     }
 
+    /// Gives the segments that are left, in order, to a call of the host; [`Sink::advance`] counts what it has done.
+    pub fn with_segments<R>(&mut self, use_them: impl FnOnce(&[Slice]) -> R) -> R {
+        self.cursor.with_remaining(use_them)
+    }
+
     /// Counts bytes that the host has stored.
     pub fn advance(&mut self, count: usize) {
         self.cursor.advance(count);
@@ -260,6 +278,11 @@ impl<'a> Source<'a> {
     /// The segments that are left, to be taken by the host; call [`Source::advance`] afterwards.
     pub fn segments(&mut self) -> Vec<Slice> {
         self.cursor.remaining_slices()
+    }
+
+    /// Gives the segments that are left, in order, to a call of the host; [`Source::advance`] counts what it has done.
+    pub fn with_segments<R>(&mut self, use_them: impl FnOnce(&[Slice]) -> R) -> R {
+        self.cursor.with_remaining(use_them)
     }
 
     /// Counts bytes that the host has taken.
