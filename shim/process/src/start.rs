@@ -74,6 +74,9 @@ const SIGNAL_STACK: usize = 64 << 10;
 const SIGNAL_FRAMES: usize = 5;
 /// Where kernels are mapped: above the kernel's own range and below what Linux places.
 const KERNEL_AREA: core::ops::Range<usize> = 0x7100_0000_0000..0x7e00_0000_0000;
+/// Instances with less memory get no transparent huge pages, which hosts may be set up to give on any first touch:
+/// the heap alone would fill several.
+const HUGE_PAGE_LIMIT: u64 = 128 << 20;
 /// Most instructions of a seccomp filter (`BPF_MAXINSNS`).
 const MAX_FILTER: usize = 4096;
 /// State components that the kernel does not save: protection keys (9), and the matrix tiles (17, 18) that Linux gives
@@ -204,7 +207,7 @@ extern "C" fn start(stack: *const usize) -> ! {
         fail("Linux refuses the signal handlers", Some(error));
     }
     memory::set_limit(parameters.memory_limit);
-    confine(filter);
+    confine(filter, parameters.memory_limit);
     // SAFETY: the entry was checked to lie in the kernel's text; the stack is 16-byte aligned, and as after a call.
     unsafe {
         asm!(
@@ -636,7 +639,7 @@ fn occupy(parameters: &Parameters) {
 }
 
 /// The last step: from here on the process can do what the filter lists.
-fn confine(filter: MemoryRange) {
+fn confine(filter: MemoryRange, memory_limit: u64) {
     let control = |option: u32, arguments: [usize; 4]| {
         let [a, b, c, d] = arguments;
         // SAFETY: each call below is as prctl(2) documents it, and takes rights away.
@@ -647,6 +650,9 @@ fn confine(filter: MemoryRange) {
         [c"kiln-instance".as_ptr() as usize, 0, 0, 0],
     );
     control(prctl::PR_SET_DUMPABLE, [0; 4]);
+    if memory_limit < HUGE_PAGE_LIMIT {
+        control(prctl::PR_SET_THP_DISABLE, [1, 0, 0, 0]);
+    }
     let result = control(prctl::PR_SET_NO_NEW_PRIVS, [1, 0, 0, 0]);
     if result < 0 {
         fail("Linux refuses no_new_privs", Some(result));
