@@ -10,8 +10,16 @@
 //! No method of [`File`] ever blocks: what cannot be done now is `EAGAIN`, and the system-call layer waits with
 //! [`watch::retry`] unless the file is non-blocking.
 
+pub mod console;
+pub mod device;
+pub mod epoll;
+pub mod eventfd;
 pub mod io;
+pub mod locks;
+pub mod pipe;
+pub mod signalfd;
 pub mod table;
+pub mod timerfd;
 pub mod watch;
 
 use alloc::{string::String, sync::Arc};
@@ -94,6 +102,11 @@ impl OpenFlags {
 pub trait File: Send + Sync + Any {
     /// This file as `Any`, to find its concrete type (`let Some(socket) = file.as_any().downcast_ref::<Socket>()`).
     fn as_any(&self) -> &dyn Any;
+
+    /// This file as a socket, if it is one.
+    fn as_socket(&self) -> Option<&dyn crate::net::Socket> {
+        None
+    }
 
     /// Whether it has positions (`lseek`, `pread`).
     fn is_seekable(&self) -> bool {
@@ -179,6 +192,35 @@ pub trait File: Send + Sync + Any {
     /// What `/proc/self/fd/N` shows when there is no path: `pipe:[7]`, `socket:[9]`, `anon_inode:[eventpoll]`.
     fn describe(&self) -> String;
 
+    /// Called for each `close(2)` of a descriptor: what was written goes where errors can still be told.
+    ///
+    /// # Errors
+    /// What delayed writes ran into.
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Called when the last descriptor of the open file is closed, with its status flags.
     fn on_close(&self) {}
+}
+
+/// Attributes of a file that no file system has: a pipe, an event counter.
+#[must_use]
+pub fn anonymous_metadata(kind: crate::fs::Kind, permissions: u32, inode: u64) -> Metadata {
+    Metadata {
+        device: crate::fs::device_number(0, 15),
+        inode,
+        kind,
+        permissions,
+        links: 1,
+        uid: 0,
+        gid: 0,
+        special_device: 0,
+        size: 0,
+        block_size: 4096,
+        blocks: 0,
+        accessed: 0,
+        modified: 0,
+        changed: 0,
+    }
 }

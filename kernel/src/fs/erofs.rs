@@ -434,3 +434,154 @@ impl Inode for ErofsInode {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, os::unix::fs::symlink, path::PathBuf, process::Command};
+
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Scratch {
+            let path = std::env::temp_dir().join(std::format!("kiln-erofs-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir_all(path.join("tree")).unwrap();
+            Scratch(path)
+        }
+
+        /// The image of the tree, made by the format's own tool; `None` where that is not installed.
+        fn image(&self, options: &[&str]) -> Option<&'static [u8]> {
+            let image = self.0.join("image");
+            let made = Command::new("mkfs.erofs").args(options).arg(&image).arg(self.0.join("tree")).output();
+            match made {
+                Ok(output) if output.status.success() => {
+                    Some(alloc::boxed::Box::leak(fs::read(image).unwrap().into_boxed_slice()))
+                }
+                _ => {
+                    std::eprintln!("mkfs.erofs (Debian: erofs-utils) is missing: not tested");
+                    None
+                }
+            }
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn contents(inode: &Arc<dyn Inode>) -> Vec<u8> {
+        let mut bytes = alloc::vec![0; inode.metadata().unwrap().size as usize + 1];
+        let count = inode.read_at(0, &mut Sink::kernel(&mut bytes)).unwrap();
+        bytes.truncate(count);
+        bytes
+    }
+
+    fn pattern(length: usize) -> Vec<u8> {
+        (0..length).map(|index| (index * 31 + index / 256) as u8).collect()
+    }
+
+    #[test]
+    fn reads_what_mkfs_wrote() {
+        let scratch = Scratch::new("reads");
+        let tree = scratch.0.join("tree");
+        let sizes = [0, 1, 100, 4095, 4096, 4097, 8192, 100_000];
+        for size in sizes {
+            fs::write(tree.join(std::format!("f{size}")), pattern(size)).unwrap();
+        }
+        fs::create_dir(tree.join("many")).unwrap();
+        for index in 0..2000 {
+            fs::write(tree.join(std::format!("many/name-{index}")), std::format!("{index}")).unwrap();
+        }
+        symlink("f100", tree.join("link")).unwrap();
+        for options in [&["-T0", "-Eforce-inode-compact"][..], &["-T7", "-Eforce-inode-extended"]] {
+            let Some(image) = scratch.image(options) else { return };
+            let root = Erofs::mount(image).unwrap().root().unwrap();
+            for size in sizes {
+                let file = root.lookup(&std::format!("f{size}")).unwrap();
+                assert_eq!(file.metadata().unwrap().size, size as u64);
+                assert!(contents(&file) == pattern(size), "{size}");
+                if size >= 4096
+                    && let Some((MapSource::Root(offset), length)) = file.map_source(0).unwrap()
+                {
+                    assert_eq!(offset % 4096, 0);
+                    let length = (length as usize).min(size);
+                    assert!(image[offset as usize..offset as usize + length] == pattern(size)[..length]);
+                }
+            }
+            assert_eq!(root.lookup("link").unwrap().target().unwrap(), "f100");
+            assert!(root.lookup("link").unwrap().is_symbolic_link());
+            assert_eq!(root.lookup("missing").err(), Some(Errno::ENOENT));
+            let many = root.lookup("many").unwrap();
+            for index in 0..2000 {
+                let file = many.lookup(&std::format!("name-{index}")).unwrap();
+                assert_eq!(contents(&file), std::format!("{index}").into_bytes());
+            }
+            assert!(many.lookup("name-2000").is_err());
+            assert!(many.lookup("").is_err());
+            let mut names = Vec::new();
+            let mut position = 0;
+            loop {
+                let entries = many.entries(position, 37).unwrap();
+                let Some(last) = entries.last() else { break };
+                position = last.next;
+                names.extend(entries.into_iter().map(|entry| entry.name));
+            }
+            assert_eq!(names.len(), 2000);
+        }
+    }
+
+    #[test]
+    fn damage_is_an_error_and_never_a_panic() {
+        let scratch = Scratch::new("damage");
+        let tree = scratch.0.join("tree");
+        fs::create_dir(tree.join("d")).unwrap();
+        fs::write(tree.join("d/file"), pattern(5000)).unwrap();
+        fs::write(tree.join("small"), "x").unwrap();
+        symlink("d/file", tree.join("link")).unwrap();
+        let Some(good) = scratch.image(&["-T0"]) else { return };
+        let mut state = 0x1234_5678_9abc_def1u64;
+        let mut random = move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        fn visit(inode: &Arc<dyn Inode>, depth: u32) {
+            let _ = inode.metadata();
+            let _ = inode.target();
+            let _ = inode.map_source(0);
+            let mut bytes = [0; 8192];
+            let _ = inode.read_at(0, &mut Sink::kernel(&mut bytes));
+            let _ = inode.lookup("file");
+            if depth < 3
+                && let Ok(entries) = inode.entries(0, 100)
+            {
+                for entry in entries {
+                    if let Ok(child) = inode.lookup(&entry.name) {
+                        visit(&child, depth + 1);
+                    }
+                }
+            }
+        }
+        for _ in 0..3000 {
+            let mut image = good.to_vec();
+            for _ in 0..1 + random() % 8 {
+                // The superblock and the first metadata: where damage hurts.
+                let at = 1024 + (random() % (image.len() as u64 - 1024)) as usize;
+                image[at] = random() as u8;
+            }
+            if random() % 8 == 0 {
+                image.truncate((random() % image.len() as u64) as usize);
+            }
+            let image: &'static [u8] = alloc::boxed::Box::leak(image.into_boxed_slice());
+            if let Ok(file_system) = Erofs::mount(image)
+                && let Ok(root) = file_system.root()
+            {
+                visit(&root, 0);
+            }
+        }
+    }
+}

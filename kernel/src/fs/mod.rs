@@ -6,17 +6,25 @@
 //! * [`erofs`]: the image's root, read in place.
 //! * [`tmpfs`]: files in memory, with or without a read-only file system below (the root is a tmpfs over the EROFS).
 //! * [`pool`]: the shared pages in which tmpfs keeps data.
+//! * [`synthetic`]: files made up when they are read; [`proc`] and [`sys`] are made of them.
+//! * [`tree`]: what is mounted where.
 
 pub mod erofs;
 pub mod pool;
+pub mod proc;
 pub mod regular;
+pub mod synthetic;
+pub mod sys;
 pub mod tmpfs;
+pub mod tree;
 pub mod vfs;
 
 use alloc::{string::String, sync::Arc, vec::Vec};
 use core::any::Any;
 
 use linux_raw_sys::general as linux;
+
+pub use tree::{console_input, standard_streams, start};
 
 use crate::{
     Errno, Result,

@@ -21,7 +21,7 @@ use linux_raw_sys::general as linux;
 use super::{Creation, FileSystemStatistics, Inode, Kind, Metadata, MetadataChange};
 use crate::{
     Errno, Result,
-    file::{File, OpenFile, OpenFlags},
+    file::{File, OpenFile, OpenFlags, console::Console, pipe::PipeEnd},
     sync::Mutex,
 };
 
@@ -562,6 +562,12 @@ impl View {
         Ok(walk)
     }
 
+    /// A place that is known already, as if a path had led there.
+    #[must_use]
+    pub fn at(&self, place: &Location) -> Walk<'_> {
+        Walk::start(self, place, Resolve::empty())
+    }
+
     /// Finds the directory and the last name of a path to something that is to be made or removed.
     ///
     /// # Errors
@@ -1048,8 +1054,12 @@ impl Inode for OpenInode {
         self.file.metadata()
     }
 
-    fn open(self: Arc<Self>, _: OpenFlags) -> Result<Arc<dyn File>> {
-        Ok(Arc::clone(&self.file))
+    fn open(self: Arc<Self>, flags: OpenFlags) -> Result<Arc<dyn File>> {
+        if let Some(end) = self.file.as_any().downcast_ref::<PipeEnd>() {
+            return Ok(end.reopen(flags));
+        }
+        // The console can be opened again; sockets cannot, and what else has no name neither (as in Linux).
+        if self.file.as_any().is::<Console>() { Ok(Arc::clone(&self.file)) } else { Err(Errno::ENXIO) }
     }
 
     fn statistics(&self) -> Result<FileSystemStatistics> {
