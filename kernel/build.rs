@@ -1,8 +1,12 @@
-//! Link arguments of the freestanding programs.
+//! Builds the vDSO with the C compiler, and says how the freestanding kernel is linked.
+
+use std::{env, path::PathBuf, process::Command};
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    if std::env::var_os("CARGO_FEATURE_FREESTANDING").is_none() {
+    println!("cargo::rerun-if-changed=vdso");
+    build_vdso();
+    if env::var_os("CARGO_FEATURE_FREESTANDING").is_none() {
         return;
     }
     for argument in [
@@ -17,5 +21,22 @@ fn main() {
         "-Wl,--hash-style=gnu",
     ] {
         println!("cargo::rustc-link-arg-bins={argument}");
+    }
+}
+
+/// `vdso/vdso.S` as a shared object in the output folder, for `src/boot/vdso.rs` to include.
+fn build_vdso() {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("vdso.so");
+    let compiler = env::var_os("CC").unwrap_or_else(|| "cc".into());
+    let status = Command::new(&compiler)
+        .args(["-shared", "-nostdlib", "-fPIC", "-Wl,-T,vdso/vdso.ld", "-Wl,--eh-frame-hdr", "-Wl,-soname,linux-vdso.so.1"])
+        .args(["-Wl,--hash-style=both", "-Wl,--build-id=none", "-Wl,-Bsymbolic", "-s"])
+        .args(["vdso/vdso.S", "-o"])
+        .arg(&out)
+        .status();
+    match status {
+        Ok(status) if status.success() => {}
+        Ok(status) => panic!("{compiler:?} could not build vdso/vdso.S: {status}"),
+        Err(error) => panic!("a C compiler is needed to build the vDSO, but {compiler:?} cannot be run: {error}"),
     }
 }

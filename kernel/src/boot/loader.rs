@@ -338,6 +338,8 @@ pub fn load(
     memory.protect(low, PAGE_SIZE, Protection::empty()).map_err(system)?;
     let stack_top = (low + STACK_SIZE + PAGE_SIZE) as u64;
 
+    let vdso = super::vdso::map(kernel, &mut memory).map_err(system)?;
+
     let mut random = [0u8; 24];
     kernel.host.entropy(&mut random).map_err(system)?;
     let mut auxiliary = Vec::new();
@@ -345,6 +347,7 @@ pub fn load(
         auxiliary.push(u64::from(kind));
         auxiliary.push(value);
     };
+    add(auxvec::AT_SYSINFO_EHDR, vdso);
     add(auxvec::AT_PHDR, program.table);
     add(auxvec::AT_PHENT, PROGRAM_HEADER as u64);
     add(auxvec::AT_PHNUM, headers.segments.len() as u64);

@@ -4,6 +4,7 @@
 
 mod loader;
 pub mod symbols;
+mod vdso;
 
 use alloc::{
     boxed::Box,

@@ -55,6 +55,9 @@ const _: () = assert!(offset_of!(CpuArea, scratch) == 56);
 const PROGRAM_FLAGS: u64 = 0x24_0dd5;
 /// Flags always set: the reserved bit and the interrupt flag.
 const FIXED_FLAGS: u64 = 0x202;
+/// Slot of the vDSO's clock function in [`CpuArea::scratch`].
+const CLOCK_SLOT: usize = 8;
+const _: () = assert!(offset_of!(CpuArea, scratch) + CLOCK_SLOT * 8 == 120);
 /// Initial MXCSR: all exceptions masked.
 const INITIAL_MXCSR: u32 = 0x1f80;
 /// Offset of the XSAVE header in an XSAVE area.
@@ -334,6 +337,12 @@ impl Cpu {
     /// Makes the next [`Cpu::run`] come back at once with an event.
     pub fn set_pending(&self) {
         self.pending_flag().store(1, Ordering::Relaxed);
+    }
+
+    /// Sets the function that the vDSO calls to read a clock (`kernel/vdso/vdso.S` knows its place in the CPU area).
+    pub fn set_clock_function(&self, function: extern "sysv64" fn(u32) -> u64) {
+        // SAFETY: the area lives for ever; no program runs while the kernel does.
+        unsafe { (*self.area.as_ptr()).scratch[CLOCK_SLOT] = function as usize };
     }
 
     /// Runs a program's thread until it traps.
