@@ -261,7 +261,7 @@ impl Pool {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// Memory of a test.

@@ -6,9 +6,14 @@
 //! A function gets a [`Call`] and gives an [`Outcome`]: done, or a future to wait for. Calls that can finish at once
 //! never allocate.
 
+pub mod event;
+pub mod file;
 pub mod memory;
+pub mod path;
+pub mod poll;
 pub mod process;
 pub mod signal;
+pub mod socket;
 pub mod table;
 pub mod thread;
 pub mod time;
