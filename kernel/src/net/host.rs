@@ -58,7 +58,7 @@ use super::{
 /// The address that the program sees as its own, as behind any translating gateway.
 const GUEST_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 /// The same for IPv6 (a unique local address, RFC 4193).
-const GUEST_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 15);
+const GUEST_V6: Ipv6Addr = Ipv6Addr::new(0xfd6b, 0x696c, 0x6e00, 0, 0, 0, 0, 0x15);
 
 /// There is something to read.
 const READABLE: u32 = 1;

@@ -412,6 +412,19 @@ impl Tables {
         )
     }
 
+    /// How many more connections the listeners of a port have room for.
+    #[must_use]
+    pub fn room(&self, port: u16) -> usize {
+        self.listeners.lock().get(&port).map_or(0, |list| {
+            list.iter()
+                .map(|listener| {
+                    let (length, backlog) = listener.lengths();
+                    (backlog + 1).saturating_sub(length)
+                })
+                .sum()
+        })
+    }
+
     /// Addresses that TCP sockets listen on, for `/proc/net/tcp` and the like.
     #[must_use]
     pub fn listening(&self) -> Vec<SocketAddr> {

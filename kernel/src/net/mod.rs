@@ -48,7 +48,6 @@ use crate::{
 pub use backend::Interface;
 pub use device::FrameDevice;
 pub use socket::{Caller, Incoming, Outgoing, Socket};
-pub use stack::StreamDevice;
 pub use unix::MAX_FILES;
 
 use address::{AF_INET, AF_INET6, AF_NETLINK, AF_UNIX, loopback_like};
@@ -170,7 +169,7 @@ impl Net {
                 None
             }
             (NetworkConfiguration::Dhcp | NetworkConfiguration::Static(_), _, Some(device)) => {
-                Some(StackNetwork::new(host, events, link, &tables, configuration, device))
+                Some(StackNetwork::new(host, events, &tables, configuration, device))
             }
             (NetworkConfiguration::Dhcp | NetworkConfiguration::Static(_), _, None) => None,
         };

@@ -1,7 +1,758 @@
-//! `--net direct` (placeholder until written)
-#![allow(missing_docs)]
-use super::*;
-use crate::net::backend::*;
-pub struct StackNetwork;
-pub struct StreamDevice;
-impl StackNetwork { pub fn new(_: Host, _: &Arc<Events>, _: Option<&Arc<Link>>, _: &Arc<Tables>, _: &NetworkConfiguration, _: Box<dyn FrameDevice>) -> Arc<dyn Network> { unimplemented!() } }
+//! `--net direct`: the kernel's own TCP/IP over Ethernet frames.
+//!
+//! The protocol machine is [`kiln_tcpip`]; here it gets its device, its time and its sockets. Nothing is sent when a program
+//! writes: bytes go into the connection's buffer, and [`Network::poll`], called by the main loop, cuts segments, hands
+//! them to the device in one go, and tells those sockets that something became possible for. So what a program
+//! writes between two waits travels together.
+//!
+//! What always holds: the stack's lock is never held while somebody is notified, nor while a TCP socket's own lock is
+//! taken.
+
+use alloc::{
+    boxed::Box,
+    string::String,
+    sync::{Arc, Weak},
+    vec::Vec,
+};
+use core::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::Duration,
+};
+
+use hashbrown::HashMap;
+use kiln_abi::{configuration::Network as NetworkConfiguration, host::Event as HostEvent};
+use kiln_tcpip::{
+    Checksums, Configuration, DatagramKind, Error, Event, FrameSink, KeepAlive,
+    Readiness as StackReadiness, Shutdown, SocketId, Stack,
+};
+
+use crate::{
+    Errno, Result,
+    event::{EventHandler, Events},
+    file::{Readiness, Sink, Source, WatchList},
+    host::Host,
+    sync::Mutex,
+    trace,
+};
+
+use super::{
+    backend::{DatagramReceived, Datagrams, Interface, Network},
+    device::FrameDevice,
+    host::resolver_configuration,
+    local::{Pending, Scope, Tables},
+    option::Options,
+    socket::Stream,
+    tcp::TcpSocket,
+};
+
+/// Frames taken from the device before answers are sent.
+const BATCH: usize = 128;
+
+/// MTU of Ethernet.
+const ETHERNET_MTU: u16 = 1500;
+
+/// What an event of the stack is about.
+#[derive(Clone)]
+enum Target {
+    /// The listener of a port.
+    Listener,
+    /// A connection that is being made, and the request's name.
+    Connecting(Weak<TcpSocket>, Arc<WatchList>),
+    /// A connection or a datagram socket.
+    Watch(Arc<WatchList>),
+}
+
+struct Listening {
+    id: SocketId,
+    users: usize,
+}
+
+struct Inner {
+    stack: Stack,
+    device: Box<dyn FrameDevice>,
+    /// By [`SocketId::index`].
+    targets: Vec<Option<(SocketId, Target)>>,
+    listeners: HashMap<u16, Listening>,
+    /// Listeners whose queue was full: looked at again by each poll.
+    stalled: Vec<SocketId>,
+    /// Names of attempts to connect.
+    attempts: HashMap<u64, SocketId>,
+    next_attempt: u64,
+    /// When the stack wants to be polled next.
+    deadline: Option<u64>,
+    name_servers: Vec<IpAddr>,
+}
+
+impl Inner {
+    fn set_target(&mut self, id: SocketId, target: Target) {
+        let index = id.index();
+        if index >= self.targets.len() {
+            self.targets.resize_with(index + 1, || None);
+        }
+        if let Some(slot) = self.targets.get_mut(index) {
+            *slot = Some((id, target));
+        }
+    }
+
+    fn target(&self, id: SocketId) -> Option<&Target> {
+        let (owner, target) = self.targets.get(id.index())?.as_ref()?;
+        (*owner == id).then_some(target)
+    }
+
+    fn forget(&mut self, id: SocketId) -> Option<Target> {
+        let slot = self.targets.get_mut(id.index())?;
+        match slot {
+            Some((owner, _)) if *owner == id => slot.take().map(|(_, target)| target),
+            _ => None,
+        }
+    }
+}
+
+/// Something to do once the stack's lock is free.
+enum Action {
+    Notify(Arc<WatchList>, Readiness),
+    Connected(Weak<TcpSocket>, Arc<WatchList>, SocketId, SocketAddr, SocketAddr),
+    Failed(Weak<TcpSocket>, Errno),
+    Accepted(SocketId, SocketAddr, SocketAddr),
+}
+
+/// The network of the kernel's own stack.
+pub struct StackNetwork {
+    this: Weak<StackNetwork>,
+    inner: Mutex<Inner>,
+    tables: Arc<Tables>,
+    /// Something happened since the last poll: an event of the device, or a call of a socket.
+    due: AtomicBool,
+    /// An event of the device, to be acknowledged: its flags, and bit 32 set.
+    event: AtomicU64,
+    resolver: Mutex<Option<String>>,
+    configured: AtomicBool,
+}
+
+fn errno(error: Error) -> Errno {
+    match error {
+        Error::WouldBlock => Errno::EAGAIN,
+        Error::Invalid => Errno::EINVAL,
+        Error::NoSuchSocket => Errno::EBADF,
+        Error::NotConnected => Errno::ENOTCONN,
+        Error::AlreadyConnected => Errno::EISCONN,
+        Error::AddressInUse => Errno::EADDRINUSE,
+        Error::AddressNotAvailable => Errno::EADDRNOTAVAIL,
+        Error::NetworkUnreachable => Errno::ENETUNREACH,
+        Error::HostUnreachable => Errno::EHOSTUNREACH,
+        Error::ConnectionRefused => Errno::ECONNREFUSED,
+        Error::ConnectionReset => Errno::ECONNRESET,
+        Error::TimedOut => Errno::ETIMEDOUT,
+        Error::BrokenPipe => Errno::EPIPE,
+        Error::MessageTooLong => Errno::EMSGSIZE,
+        Error::DestinationRequired => Errno::EDESTADDRREQ,
+    }
+}
+
+fn readiness(ready: StackReadiness) -> Readiness {
+    let mut result = Readiness::empty();
+    if ready.contains(StackReadiness::READABLE) {
+        result |= Readiness::READABLE;
+    }
+    if ready.contains(StackReadiness::WRITABLE) {
+        result |= Readiness::WRITABLE;
+    }
+    if ready.contains(StackReadiness::READ_CLOSED) {
+        result |= Readiness::READABLE | Readiness::READ_HANGUP;
+    }
+    if ready.contains(StackReadiness::WRITE_CLOSED) {
+        result |= Readiness::WRITABLE;
+    }
+    if ready.contains(StackReadiness::READ_CLOSED | StackReadiness::WRITE_CLOSED) {
+        result |= Readiness::HANGUP;
+    }
+    if ready.contains(StackReadiness::ERROR) {
+        result |= Readiness::ERROR | Readiness::READABLE | Readiness::WRITABLE;
+    }
+    result
+}
+
+/// The device as the stack wants it.
+struct DeviceSink<'a>(&'a mut dyn FrameDevice);
+
+impl FrameSink for DeviceSink<'_> {
+    fn has_room(&self) -> bool {
+        self.0.has_room()
+    }
+
+    fn reserve(&mut self, length: usize) -> Option<&mut [u8]> {
+        self.0.reserve(length)
+    }
+
+    fn commit(&mut self) {
+        self.0.commit();
+    }
+}
+
+impl StackNetwork {
+    /// A stack over `device`, configured as the run says. Addresses by DHCP come while the program runs already.
+    #[must_use]
+    pub fn new(
+        host: Host,
+        events: &Arc<Events>,
+        tables: &Arc<Tables>,
+        configuration: &NetworkConfiguration,
+        device: Box<dyn FrameDevice>,
+    ) -> Arc<StackNetwork> {
+        let mut seed = [0; 8];
+        // Without randomness sequence numbers can be guessed; the network works all the same.
+        if host.entropy(&mut seed).is_err() {
+            seed = host.monotonic().to_ne_bytes();
+        }
+        let source = device.source();
+        let mut stack = Stack::new(&Configuration {
+            mac: device.mac(),
+            mtu: device.mtu(),
+            checksums: Checksums::Software,
+            seed: u64::from_ne_bytes(seed),
+            ..Configuration::default()
+        });
+        let mut name_servers = Vec::new();
+        if let NetworkConfiguration::Static(fixed) = configuration {
+            for &(ip, prefix) in &fixed.addresses {
+                stack.add_address(ip, prefix);
+            }
+            for &gateway in &fixed.gateways {
+                stack.set_gateway(gateway);
+            }
+            name_servers.clone_from(&fixed.name_servers);
+        } else {
+            stack.start_dhcp(None);
+            stack.start_router_discovery();
+        }
+        let network = Arc::new_cyclic(|this| StackNetwork {
+            this: this.clone(),
+            resolver: Mutex::new(resolver_configuration(&name_servers)),
+            inner: Mutex::new(Inner {
+                stack,
+                device,
+                targets: Vec::new(),
+                listeners: HashMap::new(),
+                stalled: Vec::new(),
+                attempts: HashMap::new(),
+                next_attempt: 1,
+                deadline: None,
+                name_servers,
+            }),
+            tables: Arc::clone(tables),
+            due: AtomicBool::new(true),
+            event: AtomicU64::new(0),
+            configured: AtomicBool::new(false),
+        });
+        events.register(source, Arc::clone(&network) as Arc<dyn EventHandler>);
+        network
+    }
+
+    /// Has the next poll do its work.
+    #[inline]
+    fn touch(&self) {
+        self.due.store(true, Ordering::Relaxed);
+    }
+
+    /// What an event of the stack asks for.
+    fn react(&self, inner: &mut Inner, id: SocketId, actions: &mut Vec<Action>) {
+        let Some(target) = inner.target(id).cloned() else { return };
+        match target {
+            Target::Watch(watch) => {
+                let ready = readiness(inner.stack.readiness(id));
+                actions.push(Action::Notify(watch, ready));
+            }
+            Target::Listener => self.accept_all(inner, id, actions),
+            Target::Connecting(socket, watch) => {
+                let ready = inner.stack.readiness(id);
+                if ready.contains(StackReadiness::CONNECTED) {
+                    let local = inner.stack.tcp_local_address(id);
+                    let peer = inner.stack.tcp_remote_address(id);
+                    inner.set_target(id, Target::Watch(Arc::clone(&watch)));
+                    inner.attempts.retain(|_, attempt| *attempt != id);
+                    if let (Some(local), Some(peer)) = (local, peer) {
+                        actions.push(Action::Connected(socket, watch, id, local, peer));
+                    }
+                } else if ready.intersects(StackReadiness::ERROR | StackReadiness::WRITE_CLOSED) {
+                    let error = inner.stack.take_error(id).map_or(Errno::ETIMEDOUT, errno);
+                    inner.forget(id);
+                    inner.attempts.retain(|_, attempt| *attempt != id);
+                    inner.stack.close(id);
+                    actions.push(Action::Failed(socket, error));
+                }
+            }
+        }
+    }
+
+    /// Takes connections out of a listener of the stack, as many as the program's queue has room for.
+    fn accept_all(&self, inner: &mut Inner, id: SocketId, actions: &mut Vec<Action>) {
+        let port = inner.stack.tcp_local_address(id).map_or(0, |address| address.port());
+        let mut room = self.tables.room(port);
+        while room > 0 {
+            let Ok(connection) = inner.stack.tcp_accept(id) else { return };
+            room -= 1;
+            let local = inner.stack.tcp_local_address(connection);
+            let peer = inner.stack.tcp_remote_address(connection);
+            if let (Some(local), Some(peer)) = (local, peer) {
+                actions.push(Action::Accepted(connection, local, peer));
+            }
+        }
+        // There may be more; the next poll looks again.
+        inner.stalled.push(id);
+    }
+
+    fn stream(&self, id: SocketId, watch: Arc<WatchList>) -> Arc<dyn Stream> {
+        Arc::new(StackStream { network: self.this.clone(), id, watch })
+    }
+
+    fn act(&self, action: Action) {
+        match action {
+            Action::Notify(watch, readiness) => watch.notify(readiness),
+            Action::Connected(socket, watch, id, local, peer) => {
+                let stream = self.stream(id, watch);
+                match socket.upgrade() {
+                    Some(socket) => socket.complete(stream, local, peer),
+                    None => stream.close(true),
+                }
+            }
+            Action::Failed(socket, error) => {
+                if let Some(socket) = socket.upgrade() {
+                    socket.fail(error);
+                }
+            }
+            Action::Accepted(id, local, peer) => {
+                let watch = Arc::new(WatchList::new());
+                self.inner.lock().set_target(id, Target::Watch(Arc::clone(&watch)));
+                let stream = self.stream(id, Arc::clone(&watch));
+                let pending = Pending { stream, watch, local, peer, connector: None };
+                let refused = match self.tables.find_listener(local) {
+                    Some(listener) => listener.push(pending).err(),
+                    None => Some(pending),
+                };
+                if let Some(pending) = refused {
+                    pending.stream.close(true);
+                }
+            }
+        }
+    }
+
+    /// Takes note of what DHCP or a router said.
+    fn reconfigure(&self, inner: &Inner) {
+        if inner.name_servers.is_empty() {
+            *self.resolver.lock() = resolver_configuration(&inner.stack.name_servers());
+        }
+        let first = inner.stack.addresses().iter().any(|own| own.address.is_ipv4());
+        if first && !self.configured.swap(true, Ordering::Relaxed) {
+            for own in inner.stack.addresses() {
+                trace::info!("net: own address {}/{}", own.address, own.prefix);
+            }
+        }
+    }
+
+    fn run(&self, now: u64) -> Option<u64> {
+        let moment = Duration::from_nanos(now);
+        let mut actions = Vec::new();
+        let mut inner = self.inner.lock();
+        let event = self.event.swap(0, Ordering::Relaxed);
+        if event != 0 {
+            let source = inner.device.source();
+            inner.device.acknowledge(HostEvent { source, flags: event as u32 });
+        }
+        self.due.store(false, Ordering::Relaxed);
+        let mut received = 0;
+        {
+            let Inner { stack, device, .. } = &mut *inner;
+            while received < BATCH {
+                let Some(frame) = device.receive() else { break };
+                stack.receive(moment, frame);
+                received += 1;
+            }
+            stack.poll(moment, &mut DeviceSink(&mut **device));
+            device.flush();
+        }
+        if received == BATCH {
+            self.touch();
+        }
+        while let Some(event) = inner.stack.next_event() {
+            match event {
+                Event::Ready(id) => self.react(&mut inner, id, &mut actions),
+                Event::Configured => self.reconfigure(&inner),
+                Event::Intercepted(_) => {}
+            }
+        }
+        for id in core::mem::take(&mut inner.stalled) {
+            self.accept_all(&mut inner, id, &mut actions);
+        }
+        let deadline = inner.stack.next_deadline().map(|moment| {
+            u64::try_from(moment.as_nanos()).unwrap_or(u64::MAX)
+        });
+        inner.deadline = deadline;
+        drop(inner);
+        for action in actions {
+            self.act(action);
+        }
+        if self.due.load(Ordering::Relaxed) { Some(now) } else { deadline }
+    }
+}
+
+impl EventHandler for StackNetwork {
+    fn handle(&self, event: HostEvent) {
+        let flags = self.event.load(Ordering::Relaxed) | u64::from(event.flags) | 1 << 32;
+        self.event.store(flags, Ordering::Relaxed);
+        self.touch();
+    }
+}
+
+impl Network for StackNetwork {
+    fn listen(&self, _: Scope, port: u16, backlog: usize) -> Result<()> {
+        self.touch();
+        let mut inner = self.inner.lock();
+        if let Some(listening) = inner.listeners.get_mut(&port) {
+            listening.users += 1;
+            return Ok(());
+        }
+        // One listener takes a port's connections to all addresses, known now or later; the kernel's own table says whose
+        // they are.
+        let id = inner.stack.tcp_open();
+        let any = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port);
+        let result = inner
+            .stack
+            .tcp_set_reuse_address(id, true)
+            .and_then(|()| inner.stack.tcp_bind(id, any))
+            .and_then(|()| inner.stack.tcp_listen(id, backlog.max(16)));
+        if let Err(error) = result {
+            inner.stack.close(id);
+            return Err(errno(error));
+        }
+        inner.set_target(id, Target::Listener);
+        inner.listeners.insert(port, Listening { id, users: 1 });
+        Ok(())
+    }
+
+    fn unlisten(&self, _: Scope, port: u16) {
+        self.touch();
+        let mut inner = self.inner.lock();
+        let Some(listening) = inner.listeners.get_mut(&port) else { return };
+        listening.users -= 1;
+        if listening.users == 0 {
+            let id = listening.id;
+            inner.listeners.remove(&port);
+            inner.forget(id);
+            inner.stalled.retain(|stalled| *stalled != id);
+            inner.stack.close(id);
+        }
+    }
+
+    fn connect(
+        &self,
+        socket: &Weak<TcpSocket>,
+        watch: &Arc<WatchList>,
+        from: Option<SocketAddr>,
+        to: SocketAddr,
+        options: &Options,
+    ) -> Result<u64> {
+        self.touch();
+        let mut inner = self.inner.lock();
+        let id = inner.stack.tcp_open();
+        let result = (|| {
+            configure(&mut inner.stack, id, options)?;
+            if let Some(mut from) = from {
+                // A dual-stack socket's unspecified address serves both families.
+                if from.is_ipv6() != to.is_ipv6() && from.ip().is_unspecified() {
+                    from.set_ip(match to.ip() {
+                        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+                        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+                    });
+                }
+                inner.stack.tcp_set_reuse_address(id, true)?;
+                inner.stack.tcp_bind(id, from)?;
+            }
+            inner.stack.tcp_connect(id, to)
+        })();
+        if let Err(error) = result {
+            inner.stack.close(id);
+            return Err(errno(error));
+        }
+        inner.set_target(id, Target::Connecting(socket.clone(), Arc::clone(watch)));
+        let attempt = inner.next_attempt;
+        inner.next_attempt += 1;
+        inner.attempts.insert(attempt, id);
+        Ok(attempt)
+    }
+
+    fn cancel(&self, attempt: u64) {
+        self.touch();
+        let mut inner = self.inner.lock();
+        if let Some(id) = inner.attempts.remove(&attempt) {
+            inner.forget(id);
+            inner.stack.close(id);
+        }
+    }
+
+    fn open_datagram(&self, bind: SocketAddr, dual: bool, watch: &Arc<WatchList>) -> Result<Arc<dyn Datagrams>> {
+        self.touch();
+        let mut inner = self.inner.lock();
+        let id = inner.stack.datagram_open(DatagramKind::Udp);
+        let result = (|| {
+            inner.stack.datagram_set_reuse_address(id, true)?;
+            inner.stack.datagram_set_only_v6(id, !dual)?;
+            match inner.stack.datagram_bind(id, bind) {
+                Err(Error::AddressNotAvailable) => {
+                    // An address that the machine is to get yet.
+                    let mut any = bind;
+                    any.set_ip(match bind.ip() {
+                        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+                        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+                    });
+                    inner.stack.datagram_bind(id, any)
+                }
+                result => result,
+            }
+        })();
+        if let Err(error) = result {
+            inner.stack.close(id);
+            return Err(errno(error));
+        }
+        inner.set_target(id, Target::Watch(Arc::clone(watch)));
+        Ok(Arc::new(StackDatagrams { network: self.this.clone(), id }))
+    }
+
+    fn interface(&self) -> Option<Interface> {
+        let inner = self.inner.lock();
+        Some(Interface {
+            index: 2,
+            name: "eth0",
+            mac: Some(inner.stack.mac()),
+            mtu: u32::try_from(inner.stack.mtu()).unwrap_or(u32::from(ETHERNET_MTU)),
+            addresses: inner.stack.addresses().iter().map(|own| (own.address, own.prefix)).collect(),
+            gateways: inner.stack.routes().iter().filter_map(|route| route.gateway).collect(),
+        })
+    }
+
+    fn is_own(&self, ip: IpAddr) -> bool {
+        self.inner.lock().stack.addresses().iter().any(|own| own.address == ip)
+    }
+
+    fn poll(&self, now: u64) -> Option<u64> {
+        if !self.due.load(Ordering::Relaxed) {
+            let deadline = self.inner.lock().deadline;
+            if deadline.is_none_or(|deadline| deadline > now) {
+                return deadline;
+            }
+        }
+        self.run(now)
+    }
+
+    fn resolver_configuration(&self) -> Option<String> {
+        self.resolver.lock().take()
+    }
+}
+
+fn configure(stack: &mut Stack, id: SocketId, options: &Options) -> Result<(), Error> {
+    stack.tcp_set_no_delay(id, options.no_delay)?;
+    let keep_alive = options.keep_alive.then(|| KeepAlive {
+        idle: Duration::from_secs(u64::from(options.keep_idle)),
+        interval: Duration::from_secs(u64::from(options.keep_interval)),
+        count: options.keep_count,
+    });
+    stack.tcp_set_keep_alive(id, keep_alive)?;
+    stack.tcp_set_hop_limit(id, (options.ttl != 64).then_some(options.ttl))
+}
+
+/// A connection of the stack.
+struct StackStream {
+    network: Weak<StackNetwork>,
+    id: SocketId,
+    watch: Arc<WatchList>,
+}
+
+impl StackStream {
+    fn with<R>(&self, work: impl FnOnce(&mut Stack) -> R) -> Result<R> {
+        let network = self.network.upgrade().ok_or(Errno::ENETDOWN)?;
+        network.touch();
+        let mut inner = network.inner.lock();
+        Ok(work(&mut inner.stack))
+    }
+}
+
+impl Stream for StackStream {
+    fn receive(&self, sink: &mut Sink<'_>, peek: bool) -> Result<usize> {
+        let id = self.id;
+        if peek {
+            let mut bytes = alloc::vec![0; sink.remaining().min(64 << 10)];
+            let count = self.with(|stack| stack.tcp_peek(id, &mut bytes))?.map_err(errno)?;
+            return sink.put(bytes.get(..count).unwrap_or_default());
+        }
+        self.with(|stack| {
+            let mut done = 0;
+            // The buffer is a ring: what wraps around takes a second step.
+            for _ in 0..2 {
+                let mut fault = None;
+                let result = stack.tcp_receive_with(id, |bytes| {
+                    sink.put(bytes).unwrap_or_else(|error| {
+                        fault = Some(error);
+                        0
+                    })
+                });
+                match result {
+                    _ if done == 0 && fault.is_some() => return Err(fault.unwrap_or(Errno::EFAULT)),
+                    Ok(0) => break,
+                    Ok(count) => done += count,
+                    Err(_) if done > 0 => break,
+                    Err(error) => return Err(errno(error)),
+                }
+                if sink.remaining() == 0 || stack.tcp_queues(id).0 == 0 {
+                    break;
+                }
+            }
+            Ok(done)
+        })?
+    }
+
+    fn send(&self, source: &mut Source<'_>, _: bool) -> Result<usize> {
+        let id = self.id;
+        self.with(|stack| {
+            let mut done = 0;
+            for _ in 0..2 {
+                let mut fault = None;
+                let result = stack.tcp_send_with(id, |space| {
+                    source.take(space).unwrap_or_else(|error| {
+                        fault = Some(error);
+                        0
+                    })
+                });
+                match result {
+                    _ if done == 0 && fault.is_some() => return Err(fault.unwrap_or(Errno::EFAULT)),
+                    Ok(0) => break,
+                    Ok(count) => done += count,
+                    Err(_) if done > 0 => break,
+                    Err(error) => return Err(errno(error)),
+                }
+                if source.remaining() == 0 {
+                    break;
+                }
+            }
+            Ok(done)
+        })?
+    }
+
+    fn readiness(&self) -> Readiness {
+        let Some(network) = self.network.upgrade() else { return Readiness::HANGUP };
+        let inner = network.inner.lock();
+        readiness(inner.stack.readiness(self.id))
+    }
+
+    fn shutdown(&self, read: bool, write: bool) -> Result<()> {
+        let how = match (read, write) {
+            (true, true) => Shutdown::Both,
+            (true, false) => Shutdown::Read,
+            _ => Shutdown::Write,
+        };
+        let result = self.with(|stack| stack.tcp_shutdown(self.id, how))?.map_err(errno);
+        self.watch.notify(self.readiness());
+        result
+    }
+
+    fn close(&self, abort: bool) {
+        let Some(network) = self.network.upgrade() else { return };
+        network.touch();
+        let mut inner = network.inner.lock();
+        let target = inner.forget(self.id);
+        if abort {
+            // Fails only for a connection that has ended already.
+            let _ = inner.stack.tcp_abort(self.id);
+        }
+        inner.stack.close(self.id);
+        drop(inner);
+        drop(target);
+    }
+
+    fn take_error(&self) -> Option<Errno> {
+        self.with(|stack| stack.take_error(self.id)).ok().flatten().map(errno)
+    }
+
+    fn queued(&self) -> (usize, usize) {
+        self.with(|stack| stack.tcp_queues(self.id)).unwrap_or((0, 0))
+    }
+
+    fn configure(&self, options: &Options) {
+        // Fails only for a connection that has ended already.
+        let _ = self.with(|stack| configure(stack, self.id, options));
+    }
+}
+
+/// A datagram socket of the stack.
+struct StackDatagrams {
+    network: Weak<StackNetwork>,
+    id: SocketId,
+}
+
+impl StackDatagrams {
+    fn with<R>(&self, work: impl FnOnce(&mut Stack) -> R) -> Result<R> {
+        let network = self.network.upgrade().ok_or(Errno::ENETDOWN)?;
+        network.touch();
+        let mut inner = network.inner.lock();
+        Ok(work(&mut inner.stack))
+    }
+}
+
+impl Datagrams for StackDatagrams {
+    fn receive(&self, sink: &mut Sink<'_>, peek: bool, only: Option<SocketAddr>) -> Result<DatagramReceived> {
+        let id = self.id;
+        self.with(|stack| {
+            loop {
+                let Some(next) = stack.datagram_peek(id) else {
+                    // Takes the pending error, if there is one.
+                    return match stack.datagram_receive(id) {
+                        Ok(_) => Err(Errno::EAGAIN),
+                        Err(error) => Err(errno(error)),
+                    };
+                };
+                if only.is_some_and(|only| only != next.source) {
+                    let _ = stack.datagram_receive(id);
+                    continue;
+                }
+                let received = DatagramReceived {
+                    count: sink.put(&next.data)?,
+                    full_length: next.data.len(),
+                    from: next.source,
+                    to: Some(next.destination.ip()),
+                };
+                if !peek {
+                    let _ = stack.datagram_receive(id);
+                }
+                return Ok(received);
+            }
+        })?
+    }
+
+    fn send(&self, source: &mut Source<'_>, to: SocketAddr) -> Result<usize> {
+        let length = source.remaining();
+        let bytes = source.take_vector(length)?;
+        if bytes.len() < length {
+            return Err(Errno::EFAULT);
+        }
+        self.with(|stack| stack.datagram_send(self.id, Some(to), &bytes))?.map_err(errno)
+    }
+
+    fn readiness(&self) -> Readiness {
+        let Some(network) = self.network.upgrade() else { return Readiness::ERROR };
+        let inner = network.inner.lock();
+        readiness(inner.stack.readiness(self.id)) - Readiness::HANGUP
+    }
+
+    fn take_error(&self) -> Option<Errno> {
+        self.with(|stack| stack.take_error(self.id)).ok().flatten().map(errno)
+    }
+
+    fn close(&self) {
+        let Some(network) = self.network.upgrade() else { return };
+        network.touch();
+        let mut inner = network.inner.lock();
+        let target = inner.forget(self.id);
+        inner.stack.close(self.id);
+        drop(inner);
+        drop(target);
+    }
+}
