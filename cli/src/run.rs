@@ -43,6 +43,11 @@ const MACHINE_MEMORY: u64 = 8 << 20;
 pub fn run(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     let state = StateDirectory::from_environment()?;
     // Everything that can be wrong in the options is said before anything is built.
+    if let Some(name) = &arguments.name
+        && state.exists(&parse_name(name)?)
+    {
+        return Err(state.name_taken(name).into());
+    }
     let choice = choice::choose(arguments.engine.map(|engine| engine.as_str()))?;
     let mut configuration = configure(arguments, &choice, &state)?;
     let Resolved { image, path } = resolve(&state, &arguments.source, &arguments.include)?;

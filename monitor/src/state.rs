@@ -269,9 +269,23 @@ impl StateDirectory {
                 state,
                 lock: Some(lock),
             }),
-            Err(rustix::io::Errno::EXIST) => Err(name_taken(&configuration.name)),
+            Err(rustix::io::Errno::EXIST) => Err(self.name_taken(&configuration.name)),
             Err(error) => Err(Error::io(format!("make {}", path.display()))(error)),
         }
+    }
+
+    /// The error for a name that is taken, with the words that fit the other instance's state.
+    #[must_use]
+    pub fn name_taken(&self, name: &str) -> Error {
+        let force = if self.open(name).is_ok_and(|other| other.alive()) {
+            "-f "
+        } else {
+            ""
+        };
+        Error::input(
+            format!("the name '{name}' is taken by another instance"),
+            format!("choose another with --name, or remove that one first: kiln rm {force}{name}"),
+        )
     }
 
     /// Whether a name is taken.
@@ -324,7 +338,7 @@ impl StateDirectory {
         let unknown = || {
             Error::input(
                 format!("there is no instance named '{name}'"),
-                "'kiln ps -a' lists all instances",
+                "'kiln ps' lists all instances",
             )
         };
         parse_name(name).map_err(|_| unknown())?;
@@ -384,14 +398,6 @@ impl StateDirectory {
 
 /// Name of the control socket in an instance's folder.
 const CONTROL: &str = "control";
-
-/// The error for a name in use.
-fn name_taken(name: &str) -> Error {
-    Error::input(
-        format!("the name '{name}' is taken by another instance"),
-        format!("choose another with --name, or remove it first: kiln rm -f {name}"),
-    )
-}
 
 /// Removes what a command left that died while it made an instance.
 fn sweep(path: &Path) {
