@@ -413,6 +413,15 @@ impl Image {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = File::open(path).map_err(Error::io("open", path))?;
+        Self::from_file(file, path)
+    }
+
+    /// Checks an open file as [`Image::open`] does; `path` is for messages.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::open`].
+    pub fn from_file(file: File, path: &Path) -> Result<Self> {
         let metadata = file.metadata().map_err(Error::io("open", path))?;
         if !metadata.is_file() {
             return Err(Error::BadImage {
