@@ -96,7 +96,7 @@ impl Flows {
     }
 
     /// Takes a datagram that the guest sent to anybody.
-    pub(crate) fn from_guest(
+    pub(crate) fn take_from_guest(
         &mut self,
         configuration: &NetworkConfiguration,
         stack: &mut Stack,
@@ -320,7 +320,12 @@ impl Flows {
     }
 
     /// Takes what has come for a flow; true when there may be more.
-    pub(crate) fn from_host(&mut self, stack: &mut Stack, index: u32, generation: u16) -> bool {
+    pub(crate) fn take_from_host(
+        &mut self,
+        stack: &mut Stack,
+        index: u32,
+        generation: u16,
+    ) -> bool {
         for _ in 0..BURST {
             let Some(flow) = self.slots.get_exact(index, generation) else {
                 return false;
@@ -367,7 +372,7 @@ impl Flows {
     }
 
     /// Takes what has come for a published UDP port; true when there may be more.
-    pub(crate) fn from_clients(
+    pub(crate) fn take_from_clients(
         &mut self,
         configuration: &NetworkConfiguration,
         stack: &mut Stack,

@@ -414,7 +414,7 @@ impl Gateway {
             }
             while let Some(datagram) = self.stack.next_intercepted() {
                 any = true;
-                self.flows.from_guest(
+                self.flows.take_from_guest(
                     &self.configuration,
                     &mut self.stack,
                     &self.poller,
@@ -509,7 +509,10 @@ impl Gateway {
         let mut any = false;
         for (index, generation) in std::mem::take(&mut self.flows_readable) {
             any = true;
-            if self.flows.from_host(&mut self.stack, index, generation) {
+            if self
+                .flows
+                .take_from_host(&mut self.stack, index, generation)
+            {
                 self.flows_readable.push((index, generation));
             }
         }
@@ -521,7 +524,7 @@ impl Gateway {
             };
             if published.publish.protocol == Protocol::Udp && port.readable {
                 any = true;
-                port.readable = self.flows.from_clients(
+                port.readable = self.flows.take_from_clients(
                     &self.configuration,
                     &mut self.stack,
                     &self.poller,
@@ -607,10 +610,7 @@ impl Gateway {
         let now = Instant::now();
         let mut any = false;
         for index in 0..self.ports.len() {
-            loop {
-                let Some(port) = self.ports.get_mut(index) else {
-                    break;
-                };
+            while let Some(port) = self.ports.get_mut(index) {
                 if port.waiting.is_empty()
                     || port.knocking >= port.limit()
                     || port.next.is_some_and(|at| now < at)

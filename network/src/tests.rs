@@ -469,6 +469,10 @@ fn names_are_answered_or_forwarded() {
         }));
     });
     let socket = guest.stack.datagram_open(DatagramKind::Udp);
+    guest
+        .stack
+        .datagram_bind(socket, SocketAddr::from(([0; 8], 0)))
+        .unwrap();
     for server in ["10.0.2.3:53", "[fd6b:696c:6e00::2]:53"] {
         let server: SocketAddr = server.parse().unwrap();
         guest

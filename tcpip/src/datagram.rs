@@ -296,6 +296,9 @@ impl Stack {
         }
         self.datagram_bind_for(id, destination.ip())?;
         let bound = self.datagram_socket(id)?.bound.ok_or(Error::Invalid)?;
+        if bound.is_ipv4() && destination.is_ipv6() {
+            return Err(Error::Invalid);
+        }
         let source = match bound.ip() {
             ip if ip.is_unspecified() || self.link.is_group(ip) => self
                 .link
