@@ -13,6 +13,7 @@ pub mod arguments;
 pub mod choice;
 pub mod console;
 pub mod control;
+pub mod direct;
 pub mod engine;
 mod error;
 pub mod link;

@@ -18,10 +18,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use kiln_abi::configuration::{Network, StaticNetwork, Volume};
+use kiln_abi::configuration::{Network, Volume};
 use kiln_abi::host::exit_code;
 use kiln_abi::link::{CONTROL, FIRST_VOLUME, ToKernel, ToMonitor};
 use kiln_abi::manifest::Protocol;
+use kiln_network::UserNetwork;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -31,6 +32,7 @@ use rustix::process::{Resource, Rlimit};
 use crate::arguments::{Publish, signal_name};
 use crate::console::{Log, Shown, Terminal};
 use crate::control::{Request, Said, Server as ControlServer, Session};
+use crate::direct;
 use crate::engine::{End, Engine, Launch, Running};
 use crate::error::Error;
 use crate::link::{Fill, FrameReader, Sender, decode};
@@ -38,6 +40,8 @@ use crate::sockets::{Interest, SocketServer, Token};
 use crate::state::{Instance, NetworkMode, Phase, now};
 use crate::volume::VolumeServer;
 
+/// Name of the engine whose kernel gets its network's addresses with its configuration.
+const PROCESS: &str = "process";
 /// How long an engine's process may live on after its kernel said that the program has ended.
 const GRACE_AFTER_EXIT: Duration = Duration::from_secs(5);
 /// How long to wait before accepting again when this process or the host ran out of descriptors.
@@ -201,6 +205,8 @@ struct Monitor<'a> {
     sender: Arc<Sender>,
     messages: Messages,
     sockets: Option<SocketServer>,
+    /// The host's end of `--net direct`.
+    user_network: Option<UserNetwork>,
     console: OwnedFd,
     console_open: bool,
     /// Console output is not read while standard output is stuck.
@@ -243,6 +249,9 @@ impl<'a> Monitor<'a> {
             volumes.push(VolumeServer::new(&volume.host, volume.read_only)?);
         }
         let mut ports = configuration.ports.clone();
+        let mac = random_mac(instance.name());
+        let mut frames = None;
+        let mut user_network = None;
         let (network, sockets) = match &configuration.network {
             NetworkMode::None => (Network::None, None),
             NetworkMode::Socket => {
@@ -254,15 +263,18 @@ impl<'a> Monitor<'a> {
                 addresses,
                 gateways,
             } => {
-                let network = if addresses.is_empty() {
-                    Network::Dhcp
+                let (ours, theirs) =
+                    UnixStream::pair().map_err(Error::io("make the frame stream"))?;
+                let plan = direct::plan(mac, addresses, gateways, configuration)?;
+                let started = direct::start(&plan, ours, &mut ports)?;
+                // A process learns all from its configuration; a machine asks, as it does without Kiln.
+                let network = if engine.name() == PROCESS || !addresses.is_empty() {
+                    Network::Static(started.static_network().clone())
                 } else {
-                    Network::Static(StaticNetwork {
-                        addresses: addresses.clone(),
-                        gateways: gateways.clone(),
-                        ..StaticNetwork::default()
-                    })
+                    Network::Dhcp
                 };
+                frames = Some(OwnedFd::from(theirs));
+                user_network = Some(started);
                 (network, None)
             }
         };
@@ -311,7 +323,8 @@ impl<'a> Monitor<'a> {
             memory: configuration.memory,
             console: kernel_console,
             link: kernel_link,
-            frames: None,
+            frames,
+            mac,
             directory: instance.directory().to_owned(),
         };
         let running = engine.start(launch)?;
@@ -341,6 +354,7 @@ impl<'a> Monitor<'a> {
             sender,
             messages,
             sockets,
+            user_network,
             console,
             console_open: true,
             console_paused: false,
@@ -1044,6 +1058,13 @@ fn catch_signals() -> io::Result<UnixStream> {
         signal_hook::low_level::pipe::register(signal, theirs.try_clone()?)?;
     }
     Ok(ours)
+}
+
+/// An Ethernet address of the instance's own: locally administered, for one station.
+fn random_mac(name: &str) -> [u8; 6] {
+    use std::hash::{BuildHasher, RandomState};
+    let [a, b, c, d, e, ..] = RandomState::new().hash_one(name).to_le_bytes();
+    [2, a, b, c, d, e]
 }
 
 /// Ten thousand connections need as many descriptors, here on their way and in the engine's process for their lives.

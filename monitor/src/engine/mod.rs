@@ -55,6 +55,8 @@ pub struct Launch {
     pub link: OwnedFd,
     /// The kernel's end of the frame stream of `--net direct` (protocol of QEMU's `-netdev stream`), if there is one.
     pub frames: Option<OwnedFd>,
+    /// The Ethernet address of the network card at the frame stream.
+    pub mac: [u8; 6],
     /// The instance's own directory, where the engine may put files that the start needs (the monitor removes it).
     pub directory: PathBuf,
 }

@@ -91,6 +91,7 @@ impl Engine for QemuEngine {
             console: launch.console.as_raw_fd(),
             link: launch.link.as_raw_fd(),
             frames: launch.frames.as_ref().map(AsRawFd::as_raw_fd),
+            mac: launch.mac,
         };
         let arguments = arguments(
             &launch.image_path,
@@ -188,6 +189,8 @@ struct Numbers {
     console: i32,
     link: i32,
     frames: Option<i32>,
+    /// Of the network card.
+    mac: [u8; 6],
 }
 
 /// QEMU's arguments.
@@ -202,6 +205,7 @@ fn arguments(
         console,
         link,
         frames,
+        mac: [a, b, c, d, e, f],
     } = numbers;
     let (accelerator, processor) = match acceleration {
         Acceleration::Kvm => ("kvm", "host"),
@@ -246,7 +250,9 @@ fn arguments(
     if let Some(frames) = frames {
         let netdev = format!("stream,id=net,server=off,addr.type=fd,addr.str={frames}");
         arguments.extend(["-netdev".into(), netdev.into()]);
-        let device = format!("virtio-net-device,netdev=net,mac={}", random_address());
+        let device = format!(
+            "virtio-net-device,netdev=net,mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"
+        );
         arguments.extend(["-device".into(), device.into()]);
     }
     arguments.extend([
@@ -256,15 +262,6 @@ fn arguments(
         configuration.into(),
     ]);
     arguments
-}
-
-/// A random Ethernet address: locally administered, for one station.
-fn random_address() -> String {
-    use std::hash::{BuildHasher, RandomState};
-    let [a, b, c, d, e, ..] = RandomState::new()
-        .hash_one(std::process::id())
-        .to_le_bytes();
-    format!("02:{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}")
 }
 
 /// Starts QEMU and stays until it has ended: Linux ends the child with the thread that started it.
@@ -398,6 +395,7 @@ mod tests {
             console: 5,
             link: 6,
             frames,
+            mac: [2, 0, 0, 0, 0, 0xa1],
         };
         let line = |frames| {
             let all = arguments(
@@ -411,7 +409,7 @@ mod tests {
         };
         assert!(!line(None).contains("-netdev"));
         assert!(line(Some(9)).contains(
-            "-netdev stream,id=net,server=off,addr.type=fd,addr.str=9 -device virtio-net-device"
+            "-netdev stream,id=net,server=off,addr.type=fd,addr.str=9 -device virtio-net-device,netdev=net,mac=02:00:00:00:00:a1"
         ));
         assert!(line(None).ends_with("-kernel /i,mage -initrd /c"));
         assert!(line(None).contains("-m 16M "));
@@ -452,6 +450,7 @@ mod tests {
             console: console.into(),
             link: link.into(),
             frames: None,
+            mac: [0; 6],
             directory: directory.clone(),
         };
         let mut running = QemuEngine.start(launch).expect("starts");

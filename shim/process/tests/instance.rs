@@ -195,6 +195,7 @@ fn launch(test: &str, image: &Path, pieces: Pieces) -> (Launch, File, UnixStream
         console: writer,
         link: OwnedFd::from(theirs),
         frames: None,
+        mac: [0; 6],
         directory: PathBuf::from("/test"),
     };
     (launch, File::from(reader), ours)
