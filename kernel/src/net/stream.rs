@@ -124,6 +124,8 @@ struct Direction {
     written: u64,
     read: u64,
     attachments: VecDeque<(u64, Ancillary)>,
+    /// Where the bytes of the last attachment end, if nothing has been written since.
+    attached_until: Option<u64>,
     /// The writer has shut down: after the buffer comes the end.
     write_closed: bool,
     /// The reader has shut down.
@@ -139,6 +141,7 @@ impl Direction {
             written: 0,
             read: 0,
             attachments: VecDeque::new(),
+            attached_until: None,
             write_closed: false,
             read_closed: false,
             reader_gone: false,
@@ -297,12 +300,17 @@ impl StreamEnd {
         }
         let position = direction.written;
         let count = direction.ring.fill(source)?;
-        if count > 0
-            && let Some(ancillary) = ancillary
-        {
-            direction.attachments.push_back((position, ancillary));
+        if count > 0 {
+            direction.written += count as u64;
+            // What follows attached bytes is not read together with them either.
+            let bounded = direction.attached_until.take() == Some(position);
+            if ancillary.is_some() {
+                direction.attached_until = Some(direction.written);
+            }
+            if ancillary.is_some() || bounded {
+                direction.attachments.push_back((position, ancillary.unwrap_or_default()));
+            }
         }
-        direction.written += count as u64;
         drop(state);
         if count > 0 {
             self.notify_peer(Readiness::READABLE);
