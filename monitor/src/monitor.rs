@@ -879,13 +879,13 @@ impl<'a> Monitor<'a> {
             Messages::Thread(..) => self.drain_thread(),
         }
         self.drain_console()?;
-        let signalled = self.stops > 0 || self.killed;
-        Ok(judge(
-            &end,
-            self.exited,
-            self.started,
-            signalled && self.killed,
-        ))
+        if let Some(mut network) = self.user_network.take()
+            && !self.killed
+        {
+            // What the program sent last is still on its way; the network bounds how long it waits for slow clients.
+            network.join();
+        }
+        Ok(judge(&end, self.exited, self.started, self.killed))
     }
 
     fn drain_thread(&mut self) {
