@@ -168,6 +168,12 @@ impl Kernel {
         } else {
             self.timers.next_deadline().min(network_deadline)
         };
+        if let Some(servers) = self.net.get().and_then(Net::changed_name_servers)
+            && let Some(files) = self.files.get()
+            && let Err(error) = files.set_name_servers(&servers)
+        {
+            crate::trace::warn!("the name servers cannot be written to /etc/resolv.conf: {error}");
+        }
         let delivered = self.events.wait(&self.host, deadline);
         let now = self.clock.monotonic();
         if self.tick.load(Ordering::Relaxed) <= now {

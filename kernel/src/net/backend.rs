@@ -2,7 +2,6 @@
 //! carries their bytes.
 
 use alloc::{
-    string::String,
     sync::{Arc, Weak},
     vec::Vec,
 };
@@ -127,8 +126,8 @@ pub trait Network: Send + Sync {
         let _ = (message, descriptor);
     }
 
-    /// Contents of `/etc/resolv.conf` if they have become known or have changed since the last call.
-    fn resolver_configuration(&self) -> Option<String> {
+    /// Name servers, if they have become known or have changed since the last call.
+    fn changed_name_servers(&self) -> Option<Vec<IpAddr>> {
         None
     }
 }

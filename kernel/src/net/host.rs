@@ -22,7 +22,6 @@ use alloc::{
     vec::Vec,
 };
 use core::{
-    fmt::Write,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ptr,
     sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering},
@@ -513,18 +512,16 @@ pub struct HostNetwork {
     /// How many sockets listen on an address.
     listening: Mutex<HashMap<SocketAddr, usize>>,
     next_request: AtomicU64,
-    resolver: Mutex<Option<String>>,
 }
 
 impl HostNetwork {
-    /// The network behind a link, with name servers of the host.
+    /// The network behind a link.
     #[must_use]
     pub fn new(
         host: Host,
         events: &Arc<Events>,
         link: &Arc<Link>,
         tables: &Arc<Tables>,
-        name_servers: &[IpAddr],
     ) -> HostNetwork {
         HostNetwork {
             host,
@@ -534,7 +531,6 @@ impl HostNetwork {
             attempts: Mutex::new(HashMap::new()),
             listening: Mutex::new(HashMap::new()),
             next_request: AtomicU64::new(1),
-            resolver: Mutex::new(resolver_configuration(name_servers)),
         }
     }
 
@@ -556,19 +552,6 @@ impl HostNetwork {
         };
         SocketAddr::new(ip, local.port())
     }
-}
-
-/// The text of `/etc/resolv.conf` for name servers; `None` when there are none.
-#[must_use]
-pub fn resolver_configuration(name_servers: &[IpAddr]) -> Option<String> {
-    if name_servers.is_empty() {
-        return None;
-    }
-    let mut text = String::new();
-    for server in name_servers {
-        let _ = writeln!(text, "nameserver {server}");
-    }
-    Some(text)
 }
 
 impl Network for HostNetwork {
@@ -697,10 +680,6 @@ impl Network for HostNetwork {
             (message, _) => trace::warn!("net: the monitor sent something that nobody asked for: {}", name(&message)),
         }
     }
-
-    fn resolver_configuration(&self) -> Option<String> {
-        self.resolver.lock().take()
-    }
 }
 
 impl HostNetwork {
@@ -783,12 +762,5 @@ mod tests {
         assert!(hints.has(READ_UNKNOWN));
         hints.nothing_to_read();
         assert!(!hints.has(READ_UNKNOWN | READABLE));
-    }
-
-    #[test]
-    fn resolver_files_name_each_server() {
-        assert_eq!(resolver_configuration(&[]), None);
-        let servers = ["10.0.2.3".parse().unwrap(), "fd00::3".parse().unwrap()];
-        assert_eq!(resolver_configuration(&servers).unwrap(), "nameserver 10.0.2.3\nnameserver fd00::3\n");
     }
 }

@@ -424,17 +424,6 @@ impl Tables {
                 .sum()
         })
     }
-
-    /// Addresses that TCP sockets listen on, for `/proc/net/tcp` and the like.
-    #[must_use]
-    pub fn listening(&self) -> Vec<SocketAddr> {
-        self.listeners
-            .lock()
-            .values()
-            .flatten()
-            .map(|listener| SocketAddr::new(listener.scope.ip, listener.port))
-            .collect()
-    }
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ mod unix;
 #[cfg(test)]
 mod tests;
 
-use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
+use alloc::{boxed::Box, sync::Arc, vec::Vec};
 use core::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::atomic::{AtomicU64, Ordering},
@@ -161,8 +161,8 @@ impl Net {
         let tables = Tables::new(u16::from_ne_bytes(seed));
         let backend: Option<Arc<dyn Network>> = match (configuration, link, device) {
             (NetworkConfiguration::None, ..) => None,
-            (NetworkConfiguration::Socket { name_servers }, Some(link), _) => {
-                Some(Arc::new(HostNetwork::new(host, events, link, &tables, name_servers)))
+            (NetworkConfiguration::Socket { .. }, Some(link), _) => {
+                Some(Arc::new(HostNetwork::new(host, events, link, &tables)))
             }
             (NetworkConfiguration::Socket { .. }, None, _) => {
                 trace::warn!("net: the host's sockets need a monitor, and there is none: only the loopback works");
@@ -189,10 +189,10 @@ impl Net {
         }
     }
 
-    /// Contents of `/etc/resolv.conf`, once they are known or have changed since the last call.
+    /// Name servers, if they have become known (by DHCP) or have changed since the last call.
     #[must_use]
-    pub fn resolver_configuration(&self) -> Option<String> {
-        self.shared.backend.as_ref()?.resolver_configuration()
+    pub fn changed_name_servers(&self) -> Option<Vec<IpAddr>> {
+        self.shared.backend.as_ref()?.changed_name_servers()
     }
 
     /// All interfaces, the loopback first.

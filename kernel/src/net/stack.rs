@@ -10,7 +10,6 @@
 
 use alloc::{
     boxed::Box,
-    string::String,
     sync::{Arc, Weak},
     vec::Vec,
 };
@@ -39,7 +38,6 @@ use crate::{
 use super::{
     backend::{DatagramReceived, Datagrams, Interface, Network},
     device::FrameDevice,
-    host::resolver_configuration,
     local::{Pending, Scope, Tables},
     option::Options,
     socket::Stream,
@@ -81,6 +79,8 @@ struct Inner {
     next_attempt: u64,
     /// When the stack wants to be polled next.
     deadline: Option<u64>,
+    /// Name servers are given by the run's configuration, or those found last.
+    fixed_servers: bool,
     name_servers: Vec<IpAddr>,
 }
 
@@ -126,7 +126,8 @@ pub struct StackNetwork {
     due: AtomicBool,
     /// An event of the device, to be acknowledged: its flags, and bit 32 set.
     event: AtomicU64,
-    resolver: Mutex<Option<String>>,
+    /// Name servers that DHCP or a router named and nobody has asked for yet.
+    found_servers: Mutex<Option<Vec<IpAddr>>>,
     configured: AtomicBool,
 }
 
@@ -213,7 +214,7 @@ impl StackNetwork {
             seed: u64::from_ne_bytes(seed),
             ..Configuration::default()
         });
-        let mut name_servers = Vec::new();
+        let mut fixed_servers = false;
         if let NetworkConfiguration::Static(fixed) = configuration {
             for &(ip, prefix) in &fixed.addresses {
                 stack.add_address(ip, prefix);
@@ -221,14 +222,14 @@ impl StackNetwork {
             for &gateway in &fixed.gateways {
                 stack.set_gateway(gateway);
             }
-            name_servers.clone_from(&fixed.name_servers);
+            fixed_servers = !fixed.name_servers.is_empty();
         } else {
             stack.start_dhcp(None);
             stack.start_router_discovery();
         }
         let network = Arc::new_cyclic(|this| StackNetwork {
             this: this.clone(),
-            resolver: Mutex::new(resolver_configuration(&name_servers)),
+            found_servers: Mutex::new(None),
             inner: Mutex::new(Inner {
                 stack,
                 device,
@@ -238,7 +239,8 @@ impl StackNetwork {
                 attempts: HashMap::new(),
                 next_attempt: 1,
                 deadline: None,
-                name_servers,
+                fixed_servers,
+                name_servers: Vec::new(),
             }),
             tables: Arc::clone(tables),
             due: AtomicBool::new(true),
@@ -338,9 +340,13 @@ impl StackNetwork {
     }
 
     /// Takes note of what DHCP or a router said.
-    fn reconfigure(&self, inner: &Inner) {
-        if inner.name_servers.is_empty() {
-            *self.resolver.lock() = resolver_configuration(&inner.stack.name_servers());
+    fn reconfigure(&self, inner: &mut Inner) {
+        if !inner.fixed_servers {
+            let servers = inner.stack.name_servers();
+            if servers != inner.name_servers {
+                inner.name_servers.clone_from(&servers);
+                *self.found_servers.lock() = Some(servers);
+            }
         }
         let first = inner.stack.addresses().iter().any(|own| own.address.is_ipv4());
         if first && !self.configured.swap(true, Ordering::Relaxed) {
@@ -377,7 +383,7 @@ impl StackNetwork {
         while let Some(event) = inner.stack.next_event() {
             match event {
                 Event::Ready(id) => self.react(&mut inner, id, &mut actions),
-                Event::Configured => self.reconfigure(&inner),
+                Event::Configured => self.reconfigure(&mut inner),
                 Event::Intercepted(_) => {}
             }
         }
@@ -544,8 +550,8 @@ impl Network for StackNetwork {
         self.run(now)
     }
 
-    fn resolver_configuration(&self) -> Option<String> {
-        self.resolver.lock().take()
+    fn changed_name_servers(&self) -> Option<Vec<IpAddr>> {
+        self.found_servers.lock().take()
     }
 }
 
