@@ -39,6 +39,11 @@ pub const TARGETS: &[Target] = &[
         seeds: program::image_seeds,
     },
     Target {
+        name: "root",
+        run: program::root,
+        seeds: program::root_seeds,
+    },
+    Target {
         name: "project",
         run: program::project,
         seeds: program::project_seeds,

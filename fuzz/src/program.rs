@@ -1,6 +1,15 @@
 //! Programs, images, and the texts that describe them.
 
-use std::{fs::File, io::Write, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::Write,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use kiln_abi::{
     configuration::RunConfiguration,
@@ -8,9 +17,20 @@ use kiln_abi::{
     manifest::{FORMAT, Manifest, Port, Protocol},
 };
 use kiln_image::{
-    Guest, Image, code::Code, elf, file, program, project, rewrite::rewrite, tree::Tree,
+    Guest, Image,
+    code::Code,
+    elf, file, program, project,
+    rewrite::rewrite,
+    tree::{Content, Metadata, Node, Tree},
+};
+use kiln_kernel::{
+    file::Sink,
+    fs::{Inode, Kind, erofs::Erofs},
 };
 use rustix::fs::{MemfdFlags, memfd_create};
+
+/// Memory for damaged roots, in bytes.
+pub const MOST_LEAKED: usize = 1 << 30;
 
 /// An ELF file of a program or library: its facts, its instructions, its rewriting.
 pub fn elf(bytes: &[u8]) {
@@ -126,6 +146,114 @@ pub fn image_seeds() -> Vec<Vec<u8>> {
     vec![bytes]
 }
 
+/// A tree with files on both sides of every border, a directory of several blocks, and links.
+fn sample_tree() -> Tree {
+    let mut tree = Tree::new();
+    let file = |length: usize| Node::File {
+        content: Content::Bytes(
+            (0..length)
+                .map(|index| (index * 31 + length) as u8)
+                .collect(),
+        ),
+        metadata: Metadata {
+            mode: 0o640,
+            uid: 33,
+            gid: 70_000,
+            time: Some((length as i64, 7)),
+        },
+    };
+    let mut put = |path: String, node| {
+        tree.insert(path.as_bytes(), node)
+            .expect("a seed can be made");
+    };
+    for length in [0, 1, 4031, 4032, 4033, 4095, 4096, 4097, 9000] {
+        put(format!("/sizes/{length}"), file(length));
+    }
+    for index in 0..200 {
+        put(
+            format!("/many/{index:0width$}", width = 3 + index % 50),
+            file(3),
+        );
+    }
+    put(
+        "/link".into(),
+        Node::Link {
+            target: b"sizes/4096".to_vec(),
+        },
+    );
+    tree
+}
+
+fn written(tree: &Tree) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    kiln_image::erofs::write(tree, None, &mut bytes).expect("a seed can be made");
+    bytes
+}
+
+/// All that the kernel can read in a directory: paths with bytes. Damage ends a branch, never the walk. `left` bounds
+/// it, since damaged directories can contain themselves.
+fn walk(
+    directory: &Arc<dyn Inode>,
+    path: &str,
+    left: &mut usize,
+    found: &mut BTreeMap<String, Vec<u8>>,
+) {
+    let Ok(entries) = directory.entries(0, 10_000) else {
+        return;
+    };
+    for entry in entries {
+        if *left == 0 {
+            return;
+        }
+        *left -= 1;
+        let path = format!("{path}/{}", entry.name);
+        let Ok(inode) = directory.lookup(&entry.name) else {
+            continue;
+        };
+        let Ok(metadata) = inode.metadata() else {
+            continue;
+        };
+        match metadata.kind {
+            Kind::Directory => walk(&inode, &path, left, found),
+            Kind::SymbolicLink => {
+                let target = inode.target().unwrap_or_default();
+                found.insert(path, target.into_bytes());
+            }
+            _ => {
+                let mut bytes = vec![0; metadata.size.min(1 << 16) as usize];
+                let read = inode.read_at(0, &mut Sink::kernel(&mut bytes)).unwrap_or(0);
+                bytes.truncate(read);
+                let _ = inode.map_source(0);
+                found.insert(path, bytes);
+            }
+        }
+    }
+}
+
+fn mounted(bytes: &[u8]) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    // The kernel reads its root in place, as long as it lives.
+    let bytes: &'static [u8] = bytes.to_vec().leak();
+    if let Ok(root) = Erofs::mount(bytes).and_then(|system| system.root()) {
+        walk(&root, "", &mut 2000, &mut found);
+    }
+    found
+}
+
+/// A root file system, as the kernel reads it. What the kernel reads in place is never given back, so after
+/// [`MOST_LEAKED`] bytes this does nothing more.
+pub fn root(bytes: &[u8]) {
+    static LEAKED: AtomicUsize = AtomicUsize::new(0);
+    if LEAKED.fetch_add(bytes.len(), Ordering::Relaxed) < MOST_LEAKED {
+        let _ = mounted(bytes);
+    }
+}
+
+/// One that `kiln build` would write.
+pub fn root_seeds() -> Vec<Vec<u8>> {
+    vec![written(&sample_tree())]
+}
+
 /// A `kiln.toml`.
 pub fn project(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else {
@@ -210,4 +338,28 @@ pub fn manifest_seeds() -> Vec<Vec<u8>> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_reads_every_byte_that_the_builder_writes() {
+        let tree = sample_tree();
+        let found = mounted(&written(&tree));
+        let mut expected = BTreeMap::new();
+        tree.walk(&mut |path, node| {
+            let bytes = match node {
+                Node::File { content, .. } => content.read()?.to_vec(),
+                Node::Link { target } => target.clone(),
+                Node::Directory(_) => return Ok(()),
+            };
+            expected.insert(String::from_utf8_lossy(path).into_owned(), bytes);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(expected.len(), 210);
+        assert_eq!(found, expected);
+    }
 }
