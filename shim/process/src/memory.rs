@@ -8,8 +8,8 @@
 //!
 //! * [`map`] refuses new zero pages while the limit is reached;
 //! * a timer on *consumed CPU time* (none when idle) checks as often as a program could need to reach the limit,
-//!   at [`TOUCH_RATE`] bytes a nanosecond. Above the limit, the program gets [`TrapKind::Bus`] in place of running
-//!   on; [`SLACK`] above it, the instance ends.
+//!   at [`TOUCH_RATE`] bytes a nanosecond. A little above the limit (room for a program to say that it has no
+//!   memory) the program gets [`TrapKind::Bus`] in place of running on; [`SLACK`] above it, the instance ends.
 //!
 //! A program can so go beyond its limit by what it touches between two ticks of the host's clock (4 ms at 250 Hz).
 
@@ -34,6 +34,9 @@ const CHECK_INTERVAL: (u64, u64) = (4_000_000, 200_000_000);
 /// Bytes above the limit, besides an eighth of it, at which the instance ends.
 const SLACK: u64 = 64 << 20;
 
+/// Bytes above the limit, besides a sixteenth of it, at which the program is stopped.
+const GRACE: u64 = 2 << 20;
+
 /// Bytes that the instance may use.
 static LIMIT: AtomicU64 = AtomicU64::new(u64::MAX);
 /// Bytes in use when last measured.
@@ -46,10 +49,10 @@ static POOL_USED: AtomicBool = AtomicBool::new(false);
 /// How the memory in use stands to the limit.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
-    /// Below.
+    /// Below, or so little above that a program may end in order.
     Within,
-    /// At or above: no new memory.
-    Reached,
+    /// Above.
+    Above,
     /// Far above: the program does not care.
     FarAbove,
 }
@@ -64,14 +67,16 @@ pub fn set_limit(bytes: u64) {
 pub fn check() -> Standing {
     let limit = LIMIT.load(Relaxed);
     let used = measure();
+    let above =
+        |part: u64, fixed: u64| used >= limit.saturating_add(limit / part).saturating_add(fixed);
     let left = limit.saturating_sub(used);
     time::after_cpu_time((left / TOUCH_RATE).clamp(CHECK_INTERVAL.0, CHECK_INTERVAL.1));
-    if used < limit {
-        Standing::Within
-    } else if used < limit.saturating_add(limit / 8).saturating_add(SLACK) {
-        Standing::Reached
-    } else {
+    if above(8, SLACK) {
         Standing::FarAbove
+    } else if above(16, GRACE) {
+        Standing::Above
+    } else {
+        Standing::Within
     }
 }
 

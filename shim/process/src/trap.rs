@@ -226,7 +226,7 @@ extern "C" fn handle(
         raw::SIGIO => event(context),
         raw::SIGPROF => match memory::check() {
             Standing::Within => BACK,
-            Standing::Reached => exhausted(context),
+            Standing::Above => exhausted(context),
             Standing::FarAbove => {
                 Line::new()
                     .text("out of memory: far above the limit, and growing (more: -m)")
@@ -288,7 +288,7 @@ fn event(context: &mut SignalContext) -> Leave {
     }
 }
 
-/// The memory limit is reached: the program does not go on. The kernel goes on; it gets no more memory.
+/// The memory limit is passed: the program does not go on. The kernel goes on; it gets no more memory.
 fn exhausted(context: &SignalContext) -> Leave {
     let trap = Trap {
         kind: TrapKind::Bus as u64,
