@@ -15,7 +15,6 @@ use std::{
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::Mutex,
     thread,
     time::{Duration, Instant},
 };
@@ -45,19 +44,12 @@ pub fn kiln() -> PathBuf {
     if let Some(path) = std::env::var_os("KILN") {
         return path.into();
     }
-    // A test runs as target/PROFILE/deps/NAME, so this also finds another target directory.
-    let test = std::env::current_exe().expect("a test has a path");
-    let target = test
-        .ancestors()
-        .nth(3)
-        .expect("a test lies in the target directory");
-    let path = target.join("release/kiln");
-    assert!(
-        path.exists(),
-        "{} is missing: run `cargo build --release` first",
-        path.display()
-    );
-    path
+    // This program lies in the target directory: also in one that is not the checkout's own.
+    let own = std::env::current_exe().expect("a program has a path");
+    own.ancestors()
+        .map(|folder| folder.join("release/kiln"))
+        .find(|path| path.exists())
+        .expect("target/release/kiln is missing: run `cargo build --release` first")
 }
 
 /// The engines to test.
@@ -73,8 +65,6 @@ pub fn engines() -> Vec<String> {
 /// The command with a state of its own.
 pub struct Kiln {
     folder: TempDir,
-    /// Instances to end.
-    started: Mutex<Vec<String>>,
 }
 
 impl Default for Kiln {
@@ -93,7 +83,6 @@ impl Kiln {
     pub fn new() -> Self {
         Self {
             folder: tempfile::tempdir().expect("a temporary directory"),
-            started: Mutex::default(),
         }
     }
 
@@ -146,26 +135,34 @@ impl Kiln {
 
     /// Starts an instance in the background: `run -d --name NAME` and the arguments.
     pub fn start(&self, name: &str, arguments: &[&str]) {
-        // Noted before: a failed start may leave something, too.
-        self.started
-            .lock()
-            .expect("no test panics with this lock")
-            .push(name.to_owned());
         self.succeed(["run", "-d", "--name", name].iter().chain(arguments));
+    }
+
+    /// Runs the command, which must fail with this code and name each of these words on standard error; and nothing
+    /// may be left behind.
+    ///
+    /// # Panics
+    ///
+    /// When anything of that is otherwise.
+    pub fn fail<A: AsRef<OsStr>>(&self, code: i32, words: &[&str], arguments: impl IntoIterator<Item = A>) {
+        let mut command = self.command(arguments);
+        let outcome = run(&mut command, RUN_DEADLINE);
+        assert_eq!(outcome.code(), code, "{command:?}\n{outcome}");
+        for word in words {
+            assert!(outcome.errors.contains(word), "{command:?}: no word of {word}\n{outcome}");
+        }
+        assert_eq!(self.succeed(["ps", "-q"]), "", "{command:?} has left an instance behind");
     }
 }
 
 impl Drop for Kiln {
     fn drop(&mut self) {
-        let started = std::mem::take(
-            self.started
-                .get_mut()
-                .unwrap_or_else(|error| error.into_inner()),
-        );
-        for name in started {
-            // The test may have ended it itself, so failures are expected.
-            run(&mut self.command(["kill", &name]), RUN_DEADLINE);
-            run(&mut self.command(["rm", &name]), RUN_DEADLINE);
+        let names = run(&mut self.command(["ps", "-q"]), RUN_DEADLINE).output;
+        for name in names.lines() {
+            let outcome = run(&mut self.command(["rm", "-f", name]), RUN_DEADLINE);
+            if outcome.code() != 0 {
+                eprintln!("cannot remove {name}: {outcome}");
+            }
         }
     }
 }
@@ -300,4 +297,38 @@ pub fn need(tool: &str) {
         .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(tool).exists()))
         || Path::new("/usr/sbin").join(tool).exists();
     assert!(found, "{tool} is missing: run tests/tools/install");
+}
+
+/// What curl got.
+pub struct Reply {
+    /// Status code.
+    pub status: u16,
+    /// Content type, or nothing.
+    pub kind: String,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+/// Gets a page of a server on the loopback interface with curl, trying again until something answers.
+///
+/// # Panics
+///
+/// When nothing answers.
+#[must_use]
+pub fn get(port: u16, path: &str) -> Reply {
+    need("curl");
+    eventually(&format!("an answer from port {port}"), || {
+        let output = Command::new("curl")
+            .args(["--silent", "--max-time", "30", "--write-out", "\\n%{http_code} %{content_type}"])
+            .arg(format!("http://127.0.0.1:{port}{path}"))
+            .stdin(Stdio::null())
+            .output()
+            .ok()?;
+        let end = output.stdout.iter().rposition(|byte| *byte == b'\n')?;
+        let (body, trailer) = output.stdout.split_at_checked(end)?;
+        let trailer = String::from_utf8_lossy(trailer);
+        let (status, kind) = trailer.trim().split_once(' ').unwrap_or((trailer.trim(), ""));
+        let status = status.parse().ok().filter(|_| output.status.success())?;
+        Some(Reply { status, kind: kind.to_owned(), body: body.to_vec() })
+    })
 }

@@ -109,6 +109,24 @@ pub fn path(name: &str, kind: Kind) -> Option<PathBuf> {
     path.exists().then_some(path)
 }
 
+/// Compiles a C program of a test's own, dynamically linked.
+///
+/// # Panics
+///
+/// When it does not compile.
+#[must_use]
+pub fn compile(folder: &Path, name: &str, source: &str) -> PathBuf {
+    let text = folder.join(name).with_added_extension("c");
+    let program = folder.join(name);
+    fs::write(&text, source).expect("the source can be written");
+    let outcome = run(
+        Command::new("cc").args(["-O1", "-pthread", "-o"]).args([&program, &text]),
+        RUN_DEADLINE,
+    );
+    assert_eq!(outcome.code(), 0, "{outcome}");
+    program
+}
+
 /// Runs a C program of all kinds natively and on all engines, with arguments.
 ///
 /// # Panics

@@ -1,0 +1,139 @@
+//! The life of instances: what a program is given, what is seen of it, how it ends.
+
+use std::fs;
+
+use kiln_tests::{Kiln, engines, eventually, programs};
+
+/// Shows what a program is given, then does what its first argument says.
+const TELLER: &str = r#"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include <fcntl.h>
+#include <signal.h>
+static void stop(int signal) { printf("stopping for %d\n", signal); fflush(stdout); _exit(3); }
+int main(int argc, char **argv) {
+    char directory[200], host[100];
+    signal(SIGTERM, stop);
+    for (int i = 1; i < argc; i++) printf("argument %s\n", argv[i]);
+    printf("directory %s\n", getcwd(directory, sizeof directory));
+    gethostname(host, sizeof host);
+    printf("host %s\nuser %d:%d\n", host, getuid(), getgid());
+    printf("greeting %s\n", getenv("GREETING") ? getenv("GREETING") : "none");
+    fflush(stdout);
+    if (argc > 1 && !strcmp(argv[1], "wait")) for (;;) pause();
+    if (argc > 2 && !strcmp(argv[1], "write")) {
+        int fd = open(argv[2], O_CREAT | O_WRONLY | O_TRUNC, 0644);
+        if (fd < 0) { perror(argv[2]); return 1; }
+        if (write(fd, "written inside", 14) != 14 || fsync(fd)) { perror("write"); return 1; }
+        char found[100] = "";
+        if (argc > 3) { int in = open(argv[3], O_RDONLY); if (in < 0 || read(in, found, 99) < 0) { perror(argv[3]); return 1; } printf("found %s\n", found); }
+    }
+    if (argc > 1 && !strcmp(argv[1], "crash")) *(volatile int *volatile)(long)argc = 1;
+    return 0;
+}
+"#;
+
+#[test]
+fn a_program_gets_what_the_run_says() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "teller", TELLER));
+    for engine in engines() {
+        let mut words = vec![
+            "run", "--engine", &engine, "-e", "GREETING=good morning", "-w", "/tmp", "--hostname", "potter", "--user",
+            "12:34",
+        ];
+        words.extend([image.to_str().expect("the path is text"), "--", "one", "two words"]);
+        let output = kiln.succeed(words);
+        assert_eq!(
+            output,
+            "argument one\nargument two words\ndirectory /tmp\nhost potter\nuser 12:34\ngreeting good morning\n",
+            "{engine}"
+        );
+    }
+}
+
+#[test]
+fn an_instance_from_start_to_removal() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "teller", TELLER));
+    let image = image.to_str().expect("the path is text");
+    for engine in engines() {
+        kiln.start("one", &["--engine", &engine, image, "--", "wait"]);
+        eventually("its output in the log", || kiln.succeed(["logs", "one"]).contains("greeting none").then_some(()));
+        assert_eq!(kiln.succeed(["ps", "-q"]), "one\n");
+        assert!(kiln.succeed(["ps", "--json"]).contains("\"one\""));
+        assert!(kiln.succeed(["inspect", "one"]).contains("one"));
+        // The name is taken, and a running instance is not removed by mistake.
+        assert_ne!(kiln.run(["run", "-d", "--name", "one", image]).code(), 0);
+        assert_ne!(kiln.run(["rm", "one"]).code(), 0);
+        kiln.succeed(["stop", "one"]);
+        let log = kiln.succeed(["logs", "one"]);
+        assert!(log.contains("stopping for 15"), "{engine}: {log}");
+        assert_eq!(kiln.succeed(["ps", "-q", "--running"]), "");
+        kiln.succeed(["rm", "one"]);
+        assert_eq!(kiln.succeed(["ps", "-q"]), "");
+
+        kiln.start("two", &["--engine", &engine, image, "--", "wait"]);
+        kiln.succeed(["kill", "two"]);
+        eventually("its end", || kiln.succeed(["ps", "-q", "--running"]).is_empty().then_some(()));
+        kiln.succeed(["rm", "two"]);
+    }
+}
+
+#[test]
+fn a_crash_is_reported() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "teller", TELLER));
+    for engine in engines() {
+        let outcome = kiln.run(["run", "--engine", &engine, image.to_str().expect("the path is text"), "--", "crash"]);
+        assert_eq!(outcome.code(), 139, "{engine}: {outcome}");
+        let told = format!("{}{}", outcome.output, outcome.errors);
+        assert!(told.contains("SIGSEGV") && told.contains("0x2") && told.contains("rip"), "{engine}: {told}");
+        assert!(told.contains("main"), "{engine}: no symbol in the backtrace\n{told}");
+    }
+}
+
+#[test]
+fn a_volume_is_the_hosts_directory_and_no_more() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "teller", TELLER));
+    let shared = kiln.folder().join("shared");
+    fs::create_dir(&shared).expect("a folder");
+    fs::write(shared.join("in"), "from outside").expect("a file");
+    fs::write(kiln.folder().join("secret"), "secret").expect("a file");
+    let volume = format!("{}:/data", shared.display());
+    for engine in engines() {
+        let run = |words: &[&str]| {
+            let mut all = vec!["run", "--engine", &engine, "-v", &volume, image.to_str().expect("the path is text"), "--"];
+            all.extend(words);
+            kiln.run(all)
+        };
+        let outcome = run(&["write", "/data/out", "/data/in"]);
+        assert_eq!(outcome.code(), 0, "{engine}: {outcome}");
+        assert!(outcome.output.contains("found from outside"), "{engine}: {outcome}");
+        assert_eq!(fs::read_to_string(shared.join("out")).expect("a file"), "written inside");
+        fs::remove_file(shared.join("out")).expect("it can go");
+        std::os::unix::fs::symlink("../secret", shared.join("way-out")).expect("a link");
+        let outcome = run(&["write", "/data/out", "/data/way-out"]);
+        assert!(!outcome.output.contains("found secret"), "{engine}: {outcome}");
+        fs::remove_file(shared.join("way-out")).expect("it can go");
+    }
+}
+
+#[test]
+fn images_are_kept_by_name_until_removed() {
+    let kiln = Kiln::new();
+    let program = programs::compile(kiln.folder(), "teller", TELLER);
+    kiln.succeed(["build", program.to_str().expect("the path is text")]);
+    assert!(kiln.succeed(["images"]).contains("teller"));
+    assert!(kiln.succeed(["run", "teller"]).contains("greeting none"));
+    kiln.succeed(["rmi", "teller"]);
+    assert!(!kiln.succeed(["images"]).contains("teller"));
+}
+
+#[test]
+fn the_version_is_said() {
+    assert!(Kiln::new().succeed(["version"]).contains(env!("CARGO_PKG_VERSION")));
+}
