@@ -142,6 +142,9 @@ pub struct RunArguments {
     /// Add a file or directory to the image that is built from SOURCE
     #[arg(long, value_name = "PATH[:PATH]")]
     pub include: Vec<String>,
+    /// Leave system call instructions as they are: each then costs a trap
+    #[arg(long)]
+    pub no_rewrite: bool,
     /// A program, a directory with kiln.toml or index.html, an image file, or a stored image's name
     #[arg(value_name = "SOURCE|IMAGE")]
     pub source: PathBuf,
@@ -162,6 +165,9 @@ pub struct BuildArguments {
     /// Add a file or directory
     #[arg(long, value_name = "PATH[:PATH]")]
     pub include: Vec<String>,
+    /// Leave system call instructions as they are: each then costs a trap
+    #[arg(long)]
+    pub no_rewrite: bool,
     /// A program, or a directory with kiln.toml or index.html
     pub source: PathBuf,
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use kiln_image::Source;
 use kiln_image::check::{Call, Severity, Support, check as check_source};
+use kiln_kernel::syscall::table;
 use serde::Serialize;
 
 use crate::arguments::CheckArguments;
@@ -22,7 +23,7 @@ struct Finding<'a> {
 /// `kiln check`. Exit code 1 when something will keep the program from starting.
 pub fn check(arguments: &CheckArguments) -> Result<ExitCode, Failure> {
     let source = Source::detect(&arguments.source)?;
-    let found = with_options(None, &arguments.include, |options| {
+    let found = with_options(None, &arguments.include, false, |options| {
         Ok(check_source(&source, options, &support)?)
     })?;
     let findings: Vec<Finding<'_>> = found
@@ -67,6 +68,22 @@ pub fn check(arguments: &CheckArguments) -> Result<ExitCode, Failure> {
 
 /// The kernel's support table.
 fn support(number: u32) -> Option<Call> {
-    let _ = (number, Support::Missing);
-    None
+    let number = u64::from(number);
+    match table::entry(number) {
+        Some(entry) => Some(Call {
+            name: entry.name,
+            support: if entry.limits.is_empty() {
+                Support::Full
+            } else {
+                Support::Partial
+            },
+        }),
+        None => table::NAMES
+            .iter()
+            .find(|(known, _)| u64::from(*known) == number)
+            .map(|(_, name)| Call {
+                name,
+                support: Support::Missing,
+            }),
+    }
 }

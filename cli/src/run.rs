@@ -50,7 +50,12 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     }
     let choice = choice::choose(arguments.engine.map(|engine| engine.as_str()))?;
     let mut configuration = configure(arguments, &choice, &state)?;
-    let Resolved { image, path } = resolve(&state, &arguments.source, &arguments.include)?;
+    let Resolved { image, path } = resolve(
+        &state,
+        &arguments.source,
+        &arguments.include,
+        !arguments.no_rewrite,
+    )?;
     let manifest = image.manifest();
     let piece = |extent: kiln_image::file::Extent| Piece {
         offset: extent.offset,

@@ -32,6 +32,7 @@ pub fn resolve(
     state: &StateDirectory,
     source: &Path,
     include: &[String],
+    rewrite: bool,
 ) -> Result<Resolved, Failure> {
     let exists = source.exists();
     if exists && Image::is_image(source) {
@@ -63,7 +64,7 @@ pub fn resolve(
         return open(&stored.path);
     }
     let found = Source::detect(source)?;
-    let (stored, built) = with_options(None, include, |options| {
+    let (stored, built) = with_options(None, include, rewrite, |options| {
         let mut progress = Bar::new();
         Ok(store(state)?.build(&found, options, &mut progress)?)
     })?;
@@ -87,6 +88,7 @@ fn notes(notes: &[String]) {
 pub fn with_options<T>(
     name: Option<String>,
     include: &[String],
+    rewrite: bool,
     build: impl FnOnce(&BuildOptions<'_>) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let mut options = BuildOptions::new(Guest {
@@ -99,6 +101,7 @@ pub fn with_options<T>(
         .map(|text| Include::parse(text))
         .collect::<Result<_, _>>()?;
     options.site_server = Some(kiln_guest::SITE_SERVER);
+    options.rewrite_system_calls = rewrite;
     build(&options)
 }
 
@@ -112,7 +115,7 @@ pub fn build_command(arguments: &BuildArguments) -> Result<ExitCode, Failure> {
     }
     let source = Source::detect(&arguments.source)?;
     let name = arguments.name.clone();
-    with_options(name, &arguments.include, |options| {
+    with_options(name, &arguments.include, !arguments.no_rewrite, |options| {
         let mut progress = Bar::new();
         let (built, shown) = match &arguments.output {
             Some(output) => {

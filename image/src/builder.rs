@@ -48,7 +48,7 @@ impl<'a> BuildOptions<'a> {
             latest_time: std::env::var("SOURCE_DATE_EPOCH")
                 .ok()
                 .and_then(|text| text.parse().ok()),
-            rewrite_system_calls: false,
+            rewrite_system_calls: true,
         }
     }
 }
