@@ -224,7 +224,12 @@ impl<'a> Code<'a> {
             let details = file_end(entry)
                 .and_then(|end| self.bytes_at(entry, end))
                 .and_then(|bytes| self.frame_description(bytes, entry));
-            let (length, landing_pads) = details.unwrap_or((0, true));
+            let (length, landing_pads, signal_frame) = details.unwrap_or((0, true, false));
+            // Such an entry begins a byte before the first instruction, so that unwinders find it by the return
+            // address less one: decoding from there would read nonsense.
+            if signal_frame {
+                continue;
+            }
             ranges.push(Range {
                 start,
                 end: start.saturating_add(length),
@@ -234,8 +239,9 @@ impl<'a> Code<'a> {
         Some(ranges)
     }
 
-    /// Length of a function and whether it has landing pads, from its frame description entry.
-    fn frame_description(&self, bytes: &[u8], address: u64) -> Option<(u64, bool)> {
+    /// Length of a function, whether it has landing pads, and whether it is the return from a signal handler, from its
+    /// frame description entry.
+    fn frame_description(&self, bytes: &[u8], address: u64) -> Option<(u64, bool, bool)> {
         let mut cursor = Cursor { bytes, at: 0 };
         let length = cursor.word()?;
         if length == 0 || length == u32::MAX {
@@ -279,7 +285,7 @@ impl<'a> Code<'a> {
                 landing_pads = cursor.pointer(encoding & 0x1f, address + cursor.at as u64)? != 0;
             }
         }
-        Some((length, landing_pads))
+        Some((length, landing_pads, augmentation.contains(&b'S')))
     }
 
     /// All `syscall` instructions.

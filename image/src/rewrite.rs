@@ -57,7 +57,8 @@ pub enum Reason {
     NoRoom,
     /// A jump leads between the instructions in front of it.
     Target,
-    /// Its function has indirect jumps or landing pads, and more than one instruction would have to move.
+    /// Its function has indirect jumps or landing pads, and more than one instruction would have to move; or a jump
+    /// leads into the middle of an instruction.
     Unknown,
     /// An instruction in front of it cannot move.
     Fixed,
@@ -101,7 +102,7 @@ pub fn rewrite(bytes: &[u8]) -> Option<(Vec<u8>, Report)> {
     // Bytes of one site must not be changed for another.
     let mut taken_to = 0;
     for site in sites {
-        if site.number == Some(SIGNAL_RETURN) {
+        if site.number == Some(SIGNAL_RETURN) || is_signal_return(&code, site.address) {
             report.left.insert(site.address, Reason::SignalReturn);
             continue;
         }
@@ -143,6 +144,13 @@ pub fn rewrite(bytes: &[u8]) -> Option<(Vec<u8>, Report)> {
     Some((output, report))
 }
 
+/// `mov rax, 15` in front of a site, in the form that unwinders look for, however the bytes before it decode.
+fn is_signal_return(code: &Code<'_>, site: u64) -> bool {
+    site.checked_sub(7)
+        .and_then(|start| code.bytes_at(start, site))
+        == Some(&[0x48, 0xc7, 0xc0, SIGNAL_RETURN as u8, 0, 0, 0])
+}
+
 /// The shortest run of instructions in front of a site that can make room for a jump.
 fn movable<'a>(
     instructions: &'a [Instruction],
@@ -175,6 +183,14 @@ fn movable<'a>(
         }
     }
     let window = instructions.get(start..end).ok_or(Reason::NoRoom)?;
+    // A jump into the middle of an instruction: what looks like these instructions may be others.
+    let boundaries: BTreeSet<u64> = instructions.iter().map(Instruction::ip).collect();
+    if targets
+        .range(function.start..function.end)
+        .any(|target| !boundaries.contains(target))
+    {
+        return Err(Reason::Unknown);
+    }
     if window.len() > 1 {
         let indirect = instructions
             .iter()
@@ -388,7 +404,12 @@ extern unsigned long calls;
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <signal.h>
+static volatile int handled;
+static void handler(int number) { handled = number; }
 int main(void) {
+    signal(SIGUSR1, handler);
+    if (raise(SIGUSR1) || handled != SIGUSR1) return 8;
     char text[64] = {0};
     int ends[2];
     struct stat status;
@@ -412,10 +433,10 @@ int main(void) {
     fn a_rewritten_program_makes_the_same_calls() {
         let directory = std::env::temp_dir().join(format!("kiln-rewrite-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
-        for kind in ["-static", "-static-pie"] {
+        for (kind, symbols) in [("-static", "-g"), ("-static", "-s"), ("-static-pie", "-s")] {
             let (source, target) = (directory.join("a.c"), directory.join("a"));
             fs::write(&source, HOST).unwrap();
-            let arguments = ["-O2", kind, "-Wl,-e,host_start", "-o"];
+            let arguments = ["-O2", kind, symbols, "-Wl,-e,host_start", "-o"];
             let compiled = Command::new("cc")
                 .args(arguments)
                 .args([&target, &source])
