@@ -118,7 +118,7 @@ impl<'a> Code<'a> {
             elf,
             functions: Vec::new(),
         };
-        let mut functions = code.unwound().unwrap_or_default();
+        let mut functions = code.unwound();
         for function in &elf.functions {
             let end = function.address.saturating_add(function.length);
             functions.push(Range {
@@ -199,17 +199,34 @@ impl<'a> Code<'a> {
             .collect()
     }
 
+    /// Where the segment that holds an address ends in the file.
+    fn file_end(&self, address: u64) -> Option<u64> {
+        let segment = self.elf.segments.iter().find(|segment| {
+            address >= segment.address && address - segment.address < segment.file_length
+        })?;
+        Some(segment.address + segment.file_length)
+    }
+
     /// Ranges from the unwind tables.
-    fn unwound(&self) -> Option<Vec<Range>> {
+    fn unwound(&self) -> Vec<Range> {
+        let entries = self
+            .indexed_entries()
+            .or_else(|| self.entries_in_order())
+            .unwrap_or_default();
+        entries
+            .into_iter()
+            .filter_map(|entry| {
+                let bytes = self.bytes_at(entry, self.file_end(entry)?)?;
+                self.frame_description(bytes, entry)
+            })
+            .collect()
+    }
+
+    /// Addresses of frame description entries from the index that linkers make of them.
+    fn indexed_entries(&self) -> Option<Vec<u64>> {
         let header = self.elf.unwind_header?;
-        let file_end = |address: u64| {
-            let segment = self.elf.segments.iter().find(|segment| {
-                address >= segment.address && address - segment.address < segment.file_length
-            })?;
-            Some(segment.address + segment.file_length)
-        };
-        let data = self.bytes_at(header, file_end(header)?)?;
-        let mut cursor = Cursor { bytes: data, at: 0 };
+        let bytes = self.bytes_at(header, self.file_end(header)?)?;
+        let mut cursor = Cursor { bytes, at: 0 };
         let [version, frame_encoding, count_encoding, table_encoding] = cursor.take()?;
         // The only form that linkers write: a table of pairs, relative to the header.
         if version != 1 || table_encoding != 0x3b {
@@ -217,31 +234,45 @@ impl<'a> Code<'a> {
         }
         cursor.pointer(frame_encoding, header + 4)?;
         let count = cursor.pointer(count_encoding, header + cursor.at as u64)?;
-        let relative = |word: u32| header.wrapping_add(i64::from(word as i32) as u64);
-        let mut ranges = Vec::new();
+        let mut entries = Vec::new();
         for _ in 0..count.min(MAX_FUNCTIONS as u64) {
-            let (start, entry) = (relative(cursor.word()?), relative(cursor.word()?));
-            let details = file_end(entry)
-                .and_then(|end| self.bytes_at(entry, end))
-                .and_then(|bytes| self.frame_description(bytes, entry));
-            let (length, landing_pads, signal_frame) = details.unwrap_or((0, true, false));
-            // Such an entry begins a byte before the first instruction, so that unwinders find it by the return
-            // address less one: decoding from there would read nonsense.
-            if signal_frame {
-                continue;
-            }
-            ranges.push(Range {
-                start,
-                end: start.saturating_add(length),
-                landing_pads,
-            });
+            cursor.word()?;
+            let relative = i64::from(cursor.word()? as i32) as u64;
+            entries.push(header.wrapping_add(relative));
         }
-        Some(ranges)
+        Some(entries)
     }
 
-    /// Length of a function, whether it has landing pads, and whether it is the return from a signal handler, from its
-    /// frame description entry.
-    fn frame_description(&self, bytes: &[u8], address: u64) -> Option<(u64, bool, bool)> {
+    /// Addresses of frame description entries as they lie in the section `.eh_frame`: static programs often have
+    /// no index.
+    fn entries_in_order(&self) -> Option<Vec<u64>> {
+        let (start, length) = self.elf.unwind_section?;
+        let end = start.checked_add(length)?;
+        let mut entries = Vec::new();
+        let mut at = start;
+        while at < end && entries.len() < MAX_FUNCTIONS {
+            let mut cursor = Cursor {
+                bytes: self.bytes_at(at, end)?,
+                at: 0,
+            };
+            let length = cursor.word()?;
+            // Entries of 4 GiB and more are no entries.
+            if length == u32::MAX {
+                break;
+            }
+            // A length of 0 ends what one linked file brought; others may follow.
+            if length != 0 && cursor.word()? != 0 {
+                entries.push(at);
+            }
+            at = at.checked_add(4 + u64::from(length))?;
+        }
+        Some(entries)
+    }
+
+    /// A function, from its frame description entry; `None` for returns from signal handlers, too: their entries begin a
+    /// byte before the first instruction, so that unwinders find them by the return address less one, and decoding from
+    /// there would read nonsense.
+    fn frame_description(&self, bytes: &[u8], address: u64) -> Option<Range> {
         let mut cursor = Cursor { bytes, at: 0 };
         let length = cursor.word()?;
         if length == 0 || length == u32::MAX {
@@ -249,7 +280,7 @@ impl<'a> Code<'a> {
         }
         let common = (address + 4).checked_sub(cursor.word()?.into())?;
         let mut entry = Cursor {
-            bytes: self.bytes_at(common, common + 64)?,
+            bytes: self.bytes_at(common, self.file_end(common)?)?,
             at: 8,
         };
         let version = entry.byte()?;
@@ -276,7 +307,7 @@ impl<'a> Code<'a> {
                 }
             }
         }
-        cursor.pointer(pointer, address + cursor.at as u64)?;
+        let start = cursor.pointer(pointer, address + cursor.at as u64)?;
         let length = cursor.pointer(pointer & 0x0f, 0)?;
         let mut landing_pads = false;
         if augmentation.first() == Some(&b'z') {
@@ -285,7 +316,11 @@ impl<'a> Code<'a> {
                 landing_pads = cursor.pointer(encoding & 0x1f, address + cursor.at as u64)? != 0;
             }
         }
-        Some((length, landing_pads, augmentation.contains(&b'S')))
+        (!augmentation.contains(&b'S')).then(|| Range {
+            start,
+            end: start.saturating_add(length),
+            landing_pads,
+        })
     }
 
     /// All `syscall` instructions.

@@ -5,7 +5,7 @@
 use object::{
     LittleEndian, SymbolIndex,
     elf::{self, FileHeader32, FileHeader64},
-    read::elf::{Dyn, FileHeader, ProgramHeader, Sym},
+    read::elf::{Dyn, FileHeader, ProgramHeader, SectionHeader, Sym},
 };
 
 /// Most entries of a table that are looked at.
@@ -87,6 +87,8 @@ pub struct Elf {
     pub text_relocations: bool,
     /// Asks for an executable stack.
     pub executable_stack: bool,
+    /// Address and length of the section `.eh_frame`, if there is a section table.
+    pub unwind_section: Option<(u64, u64)>,
     /// Address of the table that leads to unwind information (`PT_GNU_EH_FRAME`).
     pub unwind_header: Option<u64>,
 }
@@ -155,6 +157,7 @@ pub fn parse(bytes: &[u8]) -> Result<Elf, String> {
         text_relocations: false,
         executable_stack: false,
         unwind_header: None,
+        unwind_section: None,
     };
     let mut dynamic: &[elf::Dyn64<LittleEndian>] = &[];
     let headers = header.program_headers(endian, bytes).map_err(wrong)?;
@@ -322,6 +325,9 @@ impl Elf {
         let Ok(sections) = header.sections(endian, bytes) else {
             return;
         };
+        if let Some((_, section)) = sections.section_by_name(endian, b".eh_frame") {
+            self.unwind_section = Some((section.sh_addr(endian), section.sh_size(endian)));
+        }
         for kind in [elf::SHT_DYNSYM, elf::SHT_SYMTAB] {
             let Ok(symbols) = sections.symbols(endian, bytes, kind) else {
                 continue;
