@@ -402,11 +402,7 @@ fn detach(state: &StateDirectory, instance: Instance) -> Result<ExitCode, Failur
                     .iter()
                     .any(|asked| asked.host == 0 && asked.guest == port.guest)
             }) {
-                eprintln!(
-                    "kiln: port {} of the program is at {}",
-                    port.guest,
-                    address(port)
-                );
+                eprintln!("kiln: published {}", address(port));
             }
             text::print(&format!("{name}\n"))?;
             Ok(ExitCode::SUCCESS)

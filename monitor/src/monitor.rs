@@ -1055,9 +1055,24 @@ fn catch_signals() -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
+        // Who starts us with `nohup` wants the end of the terminal to mean nothing.
+        if signal == SIGHUP && ignored(signal) {
+            continue;
+        }
         signal_hook::low_level::pipe::register(signal, theirs.try_clone()?)?;
     }
     Ok(ours)
+}
+
+/// Whether this process was started with a signal ignored (`SigIgn` in proc_pid_status(5)).
+fn ignored(signal: i32) -> bool {
+    crate::volume::read_small(Path::new("/proc/self/status")).is_ok_and(|status| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix("SigIgn:"))
+            .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+            .is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+    })
 }
 
 /// An Ethernet address of the instance's own: locally administered, for one station.
