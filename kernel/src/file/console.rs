@@ -70,7 +70,11 @@ impl File for Console {
     fn read(&self, sink: &mut Sink<'_>, _: OpenFlags) -> Result<usize> {
         let mut queue = self.input.queue.lock();
         if queue.bytes.is_empty() {
-            return if queue.ended || sink.remaining() == 0 { Ok(0) } else { Err(Errno::EAGAIN) };
+            return if queue.ended || sink.remaining() == 0 {
+                Ok(0)
+            } else {
+                Err(Errno::EAGAIN)
+            };
         }
         let (first, second) = queue.bytes.as_slices();
         let mut done = sink.put(first)?;
@@ -120,7 +124,10 @@ impl File for Console {
     }
 
     fn metadata(&self) -> Result<Metadata> {
-        Ok(Metadata { special_device: device_number(5, 1), ..anonymous_metadata(Kind::CharacterDevice, 0o620, 3) })
+        Ok(Metadata {
+            special_device: device_number(5, 1),
+            ..anonymous_metadata(Kind::CharacterDevice, 0o620, 3)
+        })
     }
 
     fn ioctl(&self, _: &Thread, request: u32, argument: u64) -> Result<usize> {

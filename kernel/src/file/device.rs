@@ -71,7 +71,11 @@ impl File for Zero {
     }
 
     fn write_at(&self, _: u64, source: &mut Source<'_>) -> Result<usize> {
-        if self.full { Err(Errno::ENOSPC) } else { Ok(swallow(source)) }
+        if self.full {
+            Err(Errno::ENOSPC)
+        } else {
+            Ok(swallow(source))
+        }
     }
 
     fn metadata(&self) -> Result<Metadata> {
@@ -203,6 +207,9 @@ mod tests {
         assert_eq!(zero.read_at(0, &mut Sink::kernel(&mut bytes)), Ok(600));
         assert_eq!(bytes, [0; 600]);
         let full = Zero { full: true };
-        assert_eq!(full.write_at(0, &mut Source::kernel(&bytes)), Err(Errno::ENOSPC));
+        assert_eq!(
+            full.write_at(0, &mut Source::kernel(&bytes)),
+            Err(Errno::ENOSPC)
+        );
     }
 }

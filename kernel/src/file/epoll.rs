@@ -100,7 +100,9 @@ impl Watcher for ItemWatcher {
         if item.is_spent() || !item.interest().intersects(readiness) {
             return;
         }
-        let Some(instance) = item.instance.upgrade() else { return };
+        let Some(instance) = item.instance.upgrade() else {
+            return;
+        };
         if !item.queued.swap(true, Ordering::Relaxed) {
             instance.ready.lock().push_back(item);
         }
@@ -152,7 +154,9 @@ impl Epoll {
         let slot = items.get_mut(&descriptor)?;
         // Items of files that are closed are only cleared away here.
         slot.retain(|item| item.file.strong_count() > 0);
-        slot.iter().find(|item| core::ptr::eq(item.file.as_ptr(), Arc::as_ptr(file))).cloned()
+        slot.iter()
+            .find(|item| core::ptr::eq(item.file.as_ptr(), Arc::as_ptr(file)))
+            .cloned()
     }
 
     /// Starts watching a file (`EPOLL_CTL_ADD`).
@@ -187,9 +191,17 @@ impl Epoll {
             queued: AtomicBool::new(false),
             key: Mutex::new(None),
         });
-        self.shared.items.lock().entry(descriptor).or_default().push(Arc::clone(&item));
+        self.shared
+            .items
+            .lock()
+            .entry(descriptor)
+            .or_default()
+            .push(Arc::clone(&item));
         // The list hears of everything: what the item is for may change.
-        let key = list.add(Readiness::all(), Arc::new(ItemWatcher(Arc::downgrade(&item))));
+        let key = list.add(
+            Readiness::all(),
+            Arc::new(ItemWatcher(Arc::downgrade(&item))),
+        );
         *item.key.lock() = Some(key);
         self.queue_if_ready(&item, file);
         Ok(())
@@ -236,7 +248,10 @@ impl Epoll {
         item.unwatch();
         // It may lie on the ready list; without interest it is dropped there.
         if item.queued.load(Ordering::Relaxed) {
-            self.shared.ready.lock().retain(|other| !Arc::ptr_eq(other, &item));
+            self.shared
+                .ready
+                .lock()
+                .retain(|other| !Arc::ptr_eq(other, &item));
         }
         Ok(())
     }
@@ -258,7 +273,11 @@ impl Epoll {
         }
         let files: Vec<Arc<OpenFile>> = {
             let items = self.shared.items.lock();
-            items.values().flatten().filter_map(|item| item.file.upgrade()).collect()
+            items
+                .values()
+                .flatten()
+                .filter_map(|item| item.file.upgrade())
+                .collect()
         };
         let mut deepest = depth;
         for file in files {
@@ -274,10 +293,14 @@ impl Epoll {
         let mut turn = self.shared.ready.lock().len();
         while events.len() < limit && turn > 0 {
             turn -= 1;
-            let Some(item) = self.shared.ready.lock().pop_front() else { break };
+            let Some(item) = self.shared.ready.lock().pop_front() else {
+                break;
+            };
             // From here on a notification puts it on the list again.
             item.queued.store(false, Ordering::Relaxed);
-            let Some(file) = item.file.upgrade() else { continue };
+            let Some(file) = item.file.upgrade() else {
+                continue;
+            };
             if item.is_spent() {
                 continue;
             }
@@ -285,7 +308,10 @@ impl Epoll {
             if readiness.is_empty() {
                 continue;
             }
-            events.push(EpollEvent { events: readiness.bits(), data: item.data });
+            events.push(EpollEvent {
+                events: readiness.bits(),
+                data: item.data,
+            });
             let mode = item.mode();
             if mode.contains(Mode::ONCE) {
                 item.spent.store(true, Ordering::Relaxed);
@@ -353,11 +379,15 @@ mod tests {
     fn collect(epoll: &Epoll) -> Vec<(u32, u64)> {
         let mut events = Vec::new();
         epoll.collect(&mut events, 100);
-        events.iter().map(|event| (event.events, event.data)).collect()
+        events
+            .iter()
+            .map(|event| (event.events, event.data))
+            .collect()
     }
 
     fn write(file: &OpenFile, value: u64) {
-        file.write(&mut Source::kernel(&value.to_ne_bytes())).unwrap();
+        file.write(&mut Source::kernel(&value.to_ne_bytes()))
+            .unwrap();
     }
 
     fn read(file: &OpenFile) {
@@ -382,7 +412,9 @@ mod tests {
     fn edge_triggered_reports_each_change_once() {
         let epoll = Epoll::new();
         let file = open(EventCounter::new(1, false));
-        epoll.add(3, &file, event(linux::EPOLLIN | linux::EPOLLET, 7)).unwrap();
+        epoll
+            .add(3, &file, event(linux::EPOLLIN | linux::EPOLLET, 7))
+            .unwrap();
         assert_eq!(collect(&epoll), [(linux::EPOLLIN, 7)]);
         assert_eq!(collect(&epoll), []);
         write(&file, 1);
@@ -394,11 +426,15 @@ mod tests {
     fn one_shot_waits_for_modify() {
         let epoll = Epoll::new();
         let file = open(EventCounter::new(1, false));
-        epoll.add(3, &file, event(linux::EPOLLIN | linux::EPOLLONESHOT, 7)).unwrap();
+        epoll
+            .add(3, &file, event(linux::EPOLLIN | linux::EPOLLONESHOT, 7))
+            .unwrap();
         assert_eq!(collect(&epoll), [(linux::EPOLLIN, 7)]);
         write(&file, 1);
         assert_eq!(collect(&epoll), []);
-        epoll.modify(3, &file, event(linux::EPOLLIN | linux::EPOLLONESHOT, 8)).unwrap();
+        epoll
+            .modify(3, &file, event(linux::EPOLLIN | linux::EPOLLONESHOT, 8))
+            .unwrap();
         assert_eq!(collect(&epoll), [(linux::EPOLLIN, 8)]);
     }
 
@@ -426,8 +462,14 @@ mod tests {
         let file = open(EventCounter::new(0, false));
         inner.add(3, &file, event(linux::EPOLLIN, 1)).unwrap();
         outer.add(4, &inner_file, event(linux::EPOLLIN, 2)).unwrap();
-        assert_eq!(inner.add(5, &outer_file, event(linux::EPOLLIN, 3)), Err(Errno::ELOOP));
-        assert_eq!(inner.add(6, &inner_file, event(linux::EPOLLIN, 3)), Err(Errno::EINVAL));
+        assert_eq!(
+            inner.add(5, &outer_file, event(linux::EPOLLIN, 3)),
+            Err(Errno::ELOOP)
+        );
+        assert_eq!(
+            inner.add(6, &inner_file, event(linux::EPOLLIN, 3)),
+            Err(Errno::EINVAL)
+        );
         assert_eq!(collect(&outer), []);
         write(&file, 1);
         assert_eq!(collect(&outer), [(linux::EPOLLIN, 2)]);
@@ -464,7 +506,9 @@ mod tests {
         let epoll = Epoll::new();
         let files: Vec<_> = (0..10).map(|_| open(EventCounter::new(1, false))).collect();
         for (index, file) in files.iter().enumerate() {
-            epoll.add(index as i32, file, event(linux::EPOLLIN, index as u64)).unwrap();
+            epoll
+                .add(index as i32, file, event(linux::EPOLLIN, index as u64))
+                .unwrap();
         }
         let mut seen = Vec::new();
         for _ in 0..5 {

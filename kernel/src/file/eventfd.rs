@@ -25,7 +25,11 @@ impl EventCounter {
     /// A counter with a first value.
     #[must_use]
     pub fn new(value: u64, semaphore: bool) -> Arc<EventCounter> {
-        Arc::new(EventCounter { value: Mutex::new(value), semaphore, watchers: WatchList::new() })
+        Arc::new(EventCounter {
+            value: Mutex::new(value),
+            semaphore,
+            watchers: WatchList::new(),
+        })
     }
 }
 
@@ -66,7 +70,9 @@ impl File for EventCounter {
             return Err(Errno::EINVAL);
         }
         let sum = value.checked_add(added).filter(|&sum| sum <= MAX);
-        let Some(sum) = sum else { return Err(Errno::EAGAIN) };
+        let Some(sum) = sum else {
+            return Err(Errno::EAGAIN);
+        };
         *value = sum;
         drop(value);
         self.watchers.notify(Readiness::READABLE);
@@ -109,7 +115,10 @@ mod tests {
     }
 
     fn write(counter: &EventCounter, value: u64) -> Result<usize> {
-        counter.write(&mut Source::kernel(&value.to_ne_bytes()), OpenFlags::empty())
+        counter.write(
+            &mut Source::kernel(&value.to_ne_bytes()),
+            OpenFlags::empty(),
+        )
     }
 
     #[test]

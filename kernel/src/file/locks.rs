@@ -97,7 +97,9 @@ impl LockTable {
     pub fn release(&self, file: FileIdentity, owner: Owner, range: Range) {
         {
             let mut files = self.files.lock();
-            let Some(locks) = files.get_mut(&file) else { return };
+            let Some(locks) = files.get_mut(&file) else {
+                return;
+            };
             cut(&mut locks.ranges, owner, range);
             if locks.ranges.is_empty() && locks.whole.is_empty() {
                 files.remove(&file);
@@ -116,7 +118,12 @@ impl LockTable {
     ///
     /// # Errors
     /// `EAGAIN` when somebody else's stands in the way.
-    pub fn set_whole(&self, file: FileIdentity, open_file: usize, exclusive: Option<bool>) -> Result<()> {
+    pub fn set_whole(
+        &self,
+        file: FileIdentity,
+        open_file: usize,
+        exclusive: Option<bool>,
+    ) -> Result<()> {
         {
             let mut files = self.files.lock();
             let locks = files.entry(file).or_default();
@@ -158,10 +165,22 @@ fn cut(locks: &mut Vec<Lock>, owner: Owner, range: Range) {
             return true;
         }
         if lock.range.start < range.start {
-            rests.push(Lock { range: Range { start: lock.range.start, end: range.start }, ..*lock });
+            rests.push(Lock {
+                range: Range {
+                    start: lock.range.start,
+                    end: range.start,
+                },
+                ..*lock
+            });
         }
         if lock.range.end > range.end {
-            rests.push(Lock { range: Range { start: range.end, end: lock.range.end }, ..*lock });
+            rests.push(Lock {
+                range: Range {
+                    start: range.end,
+                    end: lock.range.end,
+                },
+                ..*lock
+            });
         }
         false
     });
@@ -175,7 +194,11 @@ mod tests {
     const FILE: FileIdentity = (1, 2);
 
     fn lock(owner: usize, start: u64, end: u64, exclusive: bool) -> Lock {
-        Lock { owner: Owner::OpenFile(owner), range: Range { start, end }, exclusive }
+        Lock {
+            owner: Owner::OpenFile(owner),
+            range: Range { start, end },
+            exclusive,
+        }
     }
 
     #[test]
@@ -185,10 +208,25 @@ mod tests {
         table.set(FILE, lock(2, 5, 15, false)).unwrap();
         assert_eq!(table.set(FILE, lock(2, 5, 15, true)), Err(Errno::EAGAIN));
         table.set(FILE, lock(2, 10, 15, true)).unwrap();
-        assert_eq!(table.set(FILE, lock(1, 14, u64::MAX, false)), Err(Errno::EAGAIN));
-        table.release(FILE, Owner::OpenFile(2), Range { start: 12, end: u64::MAX });
+        assert_eq!(
+            table.set(FILE, lock(1, 14, u64::MAX, false)),
+            Err(Errno::EAGAIN)
+        );
+        table.release(
+            FILE,
+            Owner::OpenFile(2),
+            Range {
+                start: 12,
+                end: u64::MAX,
+            },
+        );
         table.set(FILE, lock(1, 14, u64::MAX, false)).unwrap();
-        assert_eq!(table.conflict(FILE, lock(3, 11, 12, false)).map(|lock| lock.owner), Some(Owner::OpenFile(2)));
+        assert_eq!(
+            table
+                .conflict(FILE, lock(3, 11, 12, false))
+                .map(|lock| lock.owner),
+            Some(Owner::OpenFile(2))
+        );
     }
 
     #[test]
@@ -199,7 +237,14 @@ mod tests {
         assert!(table.conflict(FILE, lock(2, 5, 6, false)).is_some());
         assert!(table.conflict(FILE, lock(2, 10, 20, true)).is_none());
         assert!(table.conflict(FILE, lock(2, 25, 26, false)).is_some());
-        table.release(FILE, Owner::OpenFile(1), Range { start: 0, end: u64::MAX });
+        table.release(
+            FILE,
+            Owner::OpenFile(1),
+            Range {
+                start: 0,
+                end: u64::MAX,
+            },
+        );
         assert!(table.is_empty());
     }
 

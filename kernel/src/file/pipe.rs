@@ -45,7 +45,10 @@ impl Ring {
         if needed <= self.bytes.len() {
             return;
         }
-        let size = needed.next_power_of_two().max(FIRST_ALLOCATION).min(capacity.max(needed));
+        let size = needed
+            .next_power_of_two()
+            .max(FIRST_ALLOCATION)
+            .min(capacity.max(needed));
         let mut bytes = Vec::with_capacity(size);
         let (first, second) = self.slices();
         bytes.extend_from_slice(first);
@@ -60,7 +63,10 @@ impl Ring {
         if end <= self.bytes.len() {
             (&self.bytes[self.head..end], &[])
         } else {
-            (&self.bytes[self.head..], &self.bytes[..end - self.bytes.len()])
+            (
+                &self.bytes[self.head..],
+                &self.bytes[..end - self.bytes.len()],
+            )
         }
     }
 
@@ -80,7 +86,11 @@ impl Ring {
 
     fn consume(&mut self, count: usize) {
         self.length -= count;
-        self.head = if self.length == 0 { 0 } else { (self.head + count) % self.bytes.len() };
+        self.head = if self.length == 0 {
+            0
+        } else {
+            (self.head + count) % self.bytes.len()
+        };
     }
 
     fn fill_from(&mut self, source: &mut Source<'_>, limit: usize) -> Result<usize> {
@@ -159,7 +169,10 @@ pub struct PipeEnd {
 #[must_use]
 pub fn pipe() -> (Arc<PipeEnd>, Arc<PipeEnd>) {
     let pipe = Pipe::new();
-    (PipeEnd::open(Arc::clone(&pipe), true, false, None), PipeEnd::open(pipe, false, true, None))
+    (
+        PipeEnd::open(Arc::clone(&pipe), true, false, None),
+        PipeEnd::open(pipe, false, true, None),
+    )
 }
 
 /// A named pipe.
@@ -180,18 +193,36 @@ impl Fifo {
     /// `ENXIO` when opened for writing only, non-blocking, without a reader.
     pub fn open(self: Arc<Fifo>, inode: Arc<dyn Inode>, flags: OpenFlags) -> Result<Arc<dyn File>> {
         let (reads, writes) = (flags.readable(), flags.writable());
-        if writes && !reads && flags.contains(OpenFlags::NON_BLOCKING) && self.pipe.state.lock().readers == 0 {
+        if writes
+            && !reads
+            && flags.contains(OpenFlags::NON_BLOCKING)
+            && self.pipe.state.lock().readers == 0
+        {
             return Err(Errno::ENXIO);
         }
-        Ok(PipeEnd::open(Arc::clone(&self.pipe), reads, writes, Some(inode)))
+        Ok(PipeEnd::open(
+            Arc::clone(&self.pipe),
+            reads,
+            writes,
+            Some(inode),
+        ))
     }
 }
 
 impl PipeEnd {
-    fn open(pipe: Arc<Pipe>, reads: bool, writes: bool, inode: Option<Arc<dyn Inode>>) -> Arc<PipeEnd> {
+    fn open(
+        pipe: Arc<Pipe>,
+        reads: bool,
+        writes: bool,
+        inode: Option<Arc<dyn Inode>>,
+    ) -> Arc<PipeEnd> {
         let openings_before = {
             let mut state = pipe.state.lock();
-            let before = if reads { state.writer_openings } else { state.reader_openings };
+            let before = if reads {
+                state.writer_openings
+            } else {
+                state.reader_openings
+            };
             state.readers += u32::from(reads);
             state.writers += u32::from(writes);
             state.reader_openings += u64::from(reads);
@@ -199,13 +230,24 @@ impl PipeEnd {
             before
         };
         pipe.notify(Readiness::READABLE | Readiness::WRITABLE);
-        Arc::new(PipeEnd { pipe, reads, writes, inode, openings_before })
+        Arc::new(PipeEnd {
+            pipe,
+            reads,
+            writes,
+            inode,
+            openings_before,
+        })
     }
 
     /// Opens the same pipe once more (through `/proc/self/fd`).
     #[must_use]
     pub fn reopen(&self, flags: OpenFlags) -> Arc<PipeEnd> {
-        PipeEnd::open(Arc::clone(&self.pipe), flags.readable(), flags.writable(), self.inode.clone())
+        PipeEnd::open(
+            Arc::clone(&self.pipe),
+            flags.readable(),
+            flags.writable(),
+            self.inode.clone(),
+        )
     }
 
     /// Whether the other side is open, or was opened since this end was: then the opening of a named pipe is complete.
@@ -266,7 +308,11 @@ impl File for PipeEnd {
         let mut state = self.pipe.state.lock();
         if state.ring.length == 0 {
             // A named pipe that no writer has opened yet is at its end too, when it does not block.
-            return if state.writers == 0 { Ok(0) } else { Err(Errno::EAGAIN) };
+            return if state.writers == 0 {
+                Ok(0)
+            } else {
+                Err(Errno::EAGAIN)
+            };
         }
         let was_full = state.capacity - state.ring.length.min(state.capacity) < ATOMIC;
         let count = state.ring.take_into(sink)?;
@@ -308,7 +354,9 @@ impl File for PipeEnd {
             if state.ring.length > 0 {
                 readiness |= Readiness::READABLE;
             }
-            if state.writers == 0 && (self.inode.is_none() || state.writer_openings > self.openings_before) {
+            if state.writers == 0
+                && (self.inode.is_none() || state.writer_openings > self.openings_before)
+            {
                 readiness |= Readiness::HANGUP;
             }
         }
@@ -324,7 +372,11 @@ impl File for PipeEnd {
     }
 
     fn watch_list(&self) -> Option<&WatchList> {
-        Some(if self.reads { &self.pipe.reading } else { &self.pipe.writing })
+        Some(if self.reads {
+            &self.pipe.reading
+        } else {
+            &self.pipe.writing
+        })
     }
 
     fn metadata(&self) -> Result<Metadata> {

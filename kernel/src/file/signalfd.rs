@@ -72,11 +72,17 @@ impl File for SignalFile {
         let set = *self.set.lock();
         let mut done = 0;
         while sink.remaining() >= INFO {
-            let Some(info) = take_from(&thread, set) else { break };
+            let Some(info) = take_from(&thread, set) else {
+                break;
+            };
             sink.put(&SignalFile::record(&info))?;
             done += INFO;
         }
-        if done == 0 { Err(Errno::EAGAIN) } else { Ok(done) }
+        if done == 0 {
+            Err(Errno::EAGAIN)
+        } else {
+            Ok(done)
+        }
     }
 
     fn readiness(&self) -> Readiness {

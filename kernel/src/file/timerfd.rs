@@ -66,7 +66,11 @@ impl TimerFile {
             this: Weak::clone(this),
             kernel: Arc::clone(kernel),
             realtime,
-            setting: Mutex::new(Setting { deadline: None, interval: 0, sleep: None }),
+            setting: Mutex::new(Setting {
+                deadline: None,
+                interval: 0,
+                sleep: None,
+            }),
             watchers: WatchList::new(),
         })
     }
@@ -94,7 +98,9 @@ impl TimerFile {
     pub fn value(&self) -> TimerValue {
         let now = self.kernel.clock.monotonic();
         let setting = self.setting.lock();
-        let Some(deadline) = setting.deadline else { return TimerValue::default() };
+        let Some(deadline) = setting.deadline else {
+            return TimerValue::default();
+        };
         let remaining = if deadline > now {
             deadline - now
         } else if setting.interval > 0 {
@@ -102,18 +108,25 @@ impl TimerFile {
         } else {
             0
         };
-        TimerValue { remaining, interval: setting.interval }
+        TimerValue {
+            remaining,
+            interval: setting.interval,
+        }
     }
 
     /// Sees to it that the watchers hear of the next deadline.
     fn arm(&self) {
         let mut setting = self.setting.lock();
         setting.sleep = None;
-        let Some(deadline) = setting.deadline else { return };
+        let Some(deadline) = setting.deadline else {
+            return;
+        };
         let mut sleep = time::sleep_until(&self.kernel, deadline);
         drop(setting);
         let waker = Waker::from(Arc::new(Alarm(Weak::clone(&self.this))));
-        let over = Pin::new(&mut sleep).poll(&mut Context::from_waker(&waker)).is_ready();
+        let over = Pin::new(&mut sleep)
+            .poll(&mut Context::from_waker(&waker))
+            .is_ready();
         self.setting.lock().sleep = Some(sleep);
         if over {
             self.watchers.notify(Readiness::READABLE);
@@ -134,13 +147,20 @@ impl File for TimerFile {
         let expirations;
         {
             let mut setting = self.setting.lock();
-            let deadline = setting.deadline.filter(|&deadline| deadline <= now).ok_or(Errno::EAGAIN)?;
-            if setting.interval > 0 {
-                expirations = 1 + (now - deadline) / setting.interval;
-                setting.deadline = Some(deadline.saturating_add(expirations.saturating_mul(setting.interval)));
-            } else {
-                expirations = 1;
-                setting.deadline = None;
+            let deadline = setting
+                .deadline
+                .filter(|&deadline| deadline <= now)
+                .ok_or(Errno::EAGAIN)?;
+            match (now - deadline).checked_div(setting.interval) {
+                Some(more) => {
+                    expirations = 1 + more;
+                    let passed = expirations.saturating_mul(setting.interval);
+                    setting.deadline = Some(deadline.saturating_add(passed));
+                }
+                None => {
+                    expirations = 1;
+                    setting.deadline = None;
+                }
             }
         }
         self.arm();

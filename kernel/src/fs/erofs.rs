@@ -13,7 +13,10 @@ use core::any::Any;
 
 use linux_raw_sys::general as linux;
 
-use super::{DirectoryEntry, FileSystemStatistics, Inode, Kind, MapSource, Metadata, Timestamp, regular::RegularFile};
+use super::{
+    DirectoryEntry, FileSystemStatistics, Inode, Kind, MapSource, Metadata, Timestamp,
+    regular::RegularFile,
+};
 use crate::{
     Errno, Result,
     file::{File, OpenFlags, Sink},
@@ -37,17 +40,23 @@ const DEVICE: u64 = super::device_number(0, 20);
 
 fn little_u16(bytes: &[u8], offset: usize) -> Result<u16> {
     let part = bytes.get(offset..offset + 2).ok_or(Errno::EIO)?;
-    part.try_into().map(u16::from_le_bytes).map_err(|_| Errno::EIO)
+    part.try_into()
+        .map(u16::from_le_bytes)
+        .map_err(|_| Errno::EIO)
 }
 
 fn little_u32(bytes: &[u8], offset: usize) -> Result<u32> {
     let part = bytes.get(offset..offset + 4).ok_or(Errno::EIO)?;
-    part.try_into().map(u32::from_le_bytes).map_err(|_| Errno::EIO)
+    part.try_into()
+        .map(u32::from_le_bytes)
+        .map_err(|_| Errno::EIO)
 }
 
 fn little_u64(bytes: &[u8], offset: usize) -> Result<u64> {
     let part = bytes.get(offset..offset + 8).ok_or(Errno::EIO)?;
-    part.try_into().map(u64::from_le_bytes).map_err(|_| Errno::EIO)
+    part.try_into()
+        .map(u64::from_le_bytes)
+        .map_err(|_| Errno::EIO)
 }
 
 /// An EROFS file system in memory.
@@ -85,7 +94,8 @@ impl Erofs {
             root: u64::from(little_u16(block, 14)?),
             blocks: u64::from(little_u32(block, 36)?),
             inodes: little_u64(block, 16)?,
-            build_time: Timestamp::from(little_u64(block, 24)?) * NANOSECONDS + Timestamp::from(little_u32(block, 32)?),
+            build_time: Timestamp::from(little_u64(block, 24)?) * NANOSECONDS
+                + Timestamp::from(little_u32(block, 32)?),
         }))
     }
 
@@ -104,7 +114,9 @@ impl Erofs {
     fn bytes(&self, start: u64, length: u64) -> Result<&'static [u8]> {
         let end = start.checked_add(length).ok_or(Errno::EIO)?;
         let (start, end) = (usize::try_from(start), usize::try_from(end));
-        let (Ok(start), Ok(end)) = (start, end) else { return Err(Errno::EIO) };
+        let (Ok(start), Ok(end)) = (start, end) else {
+            return Err(Errno::EIO);
+        };
         self.image.get(start..end).ok_or(Errno::EIO)
     }
 
@@ -118,7 +130,11 @@ impl Erofs {
         let extended = format & 1 == 1;
         let layout = (format >> 1) & 7;
         let attribute_count = u64::from(little_u16(compact, 2)?);
-        let attribute_length = if attribute_count == 0 { 0 } else { 12 + (attribute_count - 1) * 4 };
+        let attribute_length = if attribute_count == 0 {
+            0
+        } else {
+            12 + (attribute_count - 1) * 4
+        };
         let mode = u32::from(little_u16(compact, 4)?);
         let kind = Kind::from_mode(mode).ok_or(Errno::EIO)?;
         let (size, links, uid, gid, time, header);
@@ -141,10 +157,16 @@ impl Erofs {
         }
         let union = little_u32(compact, 16)?;
         let has_data = matches!(kind, Kind::Regular | Kind::Directory | Kind::SymbolicLink);
-        if has_data && (!matches!(layout, LAYOUT_PLAIN | LAYOUT_INLINE) || size > self.image.len() as u64) {
+        if has_data
+            && (!matches!(layout, LAYOUT_PLAIN | LAYOUT_INLINE) || size > self.image.len() as u64)
+        {
             return Err(Errno::EIO);
         }
-        let full = if layout == LAYOUT_INLINE { size & !(BLOCK - 1) } else { size };
+        let full = if layout == LAYOUT_INLINE {
+            size & !(BLOCK - 1)
+        } else {
+            size
+        };
         let inode = ErofsInode {
             file_system: Arc::clone(self),
             number,
@@ -202,7 +224,10 @@ impl Block {
         if first < DIRECTORY_ENTRY || first % DIRECTORY_ENTRY != 0 || first > bytes.len() {
             return Err(Errno::EIO);
         }
-        Ok(Block { bytes, count: first / DIRECTORY_ENTRY })
+        Ok(Block {
+            bytes,
+            count: first / DIRECTORY_ENTRY,
+        })
     }
 
     fn name(&self, index: usize) -> Result<&'static [u8]> {
@@ -226,16 +251,18 @@ impl Block {
     }
 
     fn kind(&self, index: usize) -> Result<Kind> {
-        Ok(match self.bytes.get(index * DIRECTORY_ENTRY + 10).copied() {
-            Some(1) => Kind::Regular,
-            Some(2) => Kind::Directory,
-            Some(3) => Kind::CharacterDevice,
-            Some(4) => Kind::BlockDevice,
-            Some(5) => Kind::Fifo,
-            Some(6) => Kind::Socket,
-            Some(7) => Kind::SymbolicLink,
-            _ => return Err(Errno::EIO),
-        })
+        Ok(
+            match self.bytes.get(index * DIRECTORY_ENTRY + 10).copied() {
+                Some(1) => Kind::Regular,
+                Some(2) => Kind::Directory,
+                Some(3) => Kind::CharacterDevice,
+                Some(4) => Kind::BlockDevice,
+                Some(5) => Kind::Fifo,
+                Some(6) => Kind::Socket,
+                Some(7) => Kind::SymbolicLink,
+                _ => return Err(Errno::EIO),
+            },
+        )
     }
 }
 
@@ -331,7 +358,8 @@ impl Inode for ErofsInode {
         }
         // A position is the block's number, and the entry's number in it.
         let mut entries = Vec::new();
-        let (mut block_index, mut index) = (position >> BLOCK_BITS, (position & (BLOCK - 1)) as usize);
+        let (mut block_index, mut index) =
+            (position >> BLOCK_BITS, (position & (BLOCK - 1)) as usize);
         while block_index < self.block_count() && entries.len() < limit {
             let block = self.block(block_index)?;
             while index < block.count && entries.len() < limit {
@@ -389,7 +417,9 @@ impl Inode for ErofsInode {
         }
         let mut done = 0;
         while sink.remaining() > 0 {
-            let Some(bytes) = self.in_place(position + done as u64) else { break };
+            let Some(bytes) = self.in_place(position + done as u64) else {
+                break;
+            };
             match sink.put(bytes) {
                 Ok(count) => done += count,
                 Err(error) if done == 0 => return Err(error),
@@ -410,7 +440,10 @@ impl Inode for ErofsInode {
         }
         let end = self.blocks_length.next_multiple_of(BLOCK);
         self.file_system.bytes(self.blocks_start, end)?;
-        Ok(Some((MapSource::Root(self.blocks_start + position), end - position)))
+        Ok(Some((
+            MapSource::Root(self.blocks_start + position),
+            end - position,
+        )))
     }
 
     fn in_place(&self, position: u64) -> Option<&'static [u8]> {
@@ -444,7 +477,8 @@ mod tests {
 
     impl Scratch {
         fn new(name: &str) -> Scratch {
-            let path = std::env::temp_dir().join(std::format!("kiln-erofs-{name}-{}", std::process::id()));
+            let path =
+                std::env::temp_dir().join(std::format!("kiln-erofs-{name}-{}", std::process::id()));
             let _ = fs::remove_dir_all(&path);
             fs::create_dir_all(path.join("tree")).unwrap();
             Scratch(path)
@@ -453,11 +487,15 @@ mod tests {
         /// The image of the tree, made by the format's own tool; `None` where that is not installed.
         fn image(&self, options: &[&str]) -> Option<&'static [u8]> {
             let image = self.0.join("image");
-            let made = Command::new("mkfs.erofs").args(options).arg(&image).arg(self.0.join("tree")).output();
+            let made = Command::new("mkfs.erofs")
+                .args(options)
+                .arg(&image)
+                .arg(self.0.join("tree"))
+                .output();
             match made {
-                Ok(output) if output.status.success() => {
-                    Some(alloc::boxed::Box::leak(fs::read(image).unwrap().into_boxed_slice()))
-                }
+                Ok(output) if output.status.success() => Some(alloc::boxed::Box::leak(
+                    fs::read(image).unwrap().into_boxed_slice(),
+                )),
                 _ => {
                     std::eprintln!("mkfs.erofs (Debian: erofs-utils) is missing: not tested");
                     None
@@ -480,7 +518,9 @@ mod tests {
     }
 
     fn pattern(length: usize) -> Vec<u8> {
-        (0..length).map(|index| (index * 31 + index / 256) as u8).collect()
+        (0..length)
+            .map(|index| (index * 31 + index / 256) as u8)
+            .collect()
     }
 
     #[test]
@@ -493,11 +533,20 @@ mod tests {
         }
         fs::create_dir(tree.join("many")).unwrap();
         for index in 0..2000 {
-            fs::write(tree.join(std::format!("many/name-{index}")), std::format!("{index}")).unwrap();
+            fs::write(
+                tree.join(std::format!("many/name-{index}")),
+                std::format!("{index}"),
+            )
+            .unwrap();
         }
         symlink("f100", tree.join("link")).unwrap();
-        for options in [&["-T0", "-Eforce-inode-compact"][..], &["-T7", "-Eforce-inode-extended"]] {
-            let Some(image) = scratch.image(options) else { return };
+        for options in [
+            &["-T0", "-Eforce-inode-compact"][..],
+            &["-T7", "-Eforce-inode-extended"],
+        ] {
+            let Some(image) = scratch.image(options) else {
+                return;
+            };
             let root = Erofs::mount(image).unwrap().root().unwrap();
             for size in sizes {
                 let file = root.lookup(&std::format!("f{size}")).unwrap();
@@ -508,7 +557,9 @@ mod tests {
                 {
                     assert_eq!(offset % 4096, 0);
                     let length = (length as usize).min(size);
-                    assert!(image[offset as usize..offset as usize + length] == pattern(size)[..length]);
+                    assert!(
+                        image[offset as usize..offset as usize + length] == pattern(size)[..length]
+                    );
                 }
             }
             assert_eq!(root.lookup("link").unwrap().target().unwrap(), "f100");
@@ -541,7 +592,9 @@ mod tests {
         fs::write(tree.join("d/file"), pattern(5000)).unwrap();
         fs::write(tree.join("small"), "x").unwrap();
         symlink("d/file", tree.join("link")).unwrap();
-        let Some(good) = scratch.image(&["-T0"]) else { return };
+        let Some(good) = scratch.image(&["-T0"]) else {
+            return;
+        };
         let mut state = 0x1234_5678_9abc_def1u64;
         let mut random = move || {
             state ^= state << 13;

@@ -3,13 +3,15 @@
 //! [`Inode`] is what every file system offers; [`vfs`] resolves paths over mounts. All operations are synchronous: a
 //! file system never makes a thread wait in the executor.
 //!
-//! * [`erofs`]: the image's root, read in place.
-//! * [`tmpfs`]: files in memory, with or without a read-only file system below (the root is a tmpfs over the EROFS).
-//! * [`pool`]: the shared pages in which tmpfs keeps data.
-//! * [`synthetic`]: files made up when they are read; [`proc`] and [`sys`] are made of them.
-//! * [`tree`]: what is mounted where.
+//! * [`erofs`] is the image's root, read in place.
+//! * [`tmpfs`] has files in memory, with or without a read-only file system below (the root is a tmpfs over the EROFS).
+//! * [`pool`] has the shared pages in which tmpfs keeps data.
+//! * [`synthetic`] has files made up when they are read; [`proc`] and [`sys`] are made of them.
+//! * [`fuse`] has volumes of the host, over the link.
+//! * [`tree`] says what is mounted where.
 
 pub mod erofs;
+pub mod fuse;
 pub mod pool;
 pub mod proc;
 pub mod regular;

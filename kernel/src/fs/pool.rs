@@ -83,7 +83,12 @@ impl Memory for HostWindow {
 
     fn discard(&self, first: u32, count: u32) -> Result<()> {
         // SAFETY: the pages are free, so nobody holds a reference to their bytes.
-        unsafe { self.host.discard_kernel(WINDOW + first as usize * PAGE_SIZE, count as usize * PAGE_SIZE) }
+        unsafe {
+            self.host.discard_kernel(
+                WINDOW + first as usize * PAGE_SIZE,
+                count as usize * PAGE_SIZE,
+            )
+        }
     }
 
     fn has_room(&self, count: u32) -> bool {
@@ -119,8 +124,18 @@ impl Pool {
     }
 
     fn with_memory(memory: Box<dyn Memory>, limit: u32) -> Arc<Pool> {
-        let state = State { fresh: 0, mapped: 0, free: BTreeMap::new(), used: 0, allowance: 0 };
-        Arc::new(Pool { memory, limit, state: Mutex::new(state) })
+        let state = State {
+            fresh: 0,
+            mapped: 0,
+            free: BTreeMap::new(),
+            used: 0,
+            allowance: 0,
+        };
+        Arc::new(Pool {
+            memory,
+            limit,
+            state: Mutex::new(state),
+        })
     }
 
     /// Pages in use.
@@ -166,7 +181,9 @@ impl Pool {
             _ => {
                 let page = state.fresh;
                 if page >= state.mapped {
-                    self.memory.extend(state.mapped, CHUNK).map_err(|_| Errno::ENOSPC)?;
+                    self.memory
+                        .extend(state.mapped, CHUNK)
+                        .map_err(|_| Errno::ENOSPC)?;
                     state.mapped += CHUNK;
                 }
                 state.fresh += 1;
@@ -208,7 +225,11 @@ impl Pool {
         if let Some(after) = state.free.remove(&(first + length)) {
             length += after;
         }
-        let before = state.free.range(..first).next_back().map(|(&start, &length)| (start, length));
+        let before = state
+            .free
+            .range(..first)
+            .next_back()
+            .map(|(&start, &length)| (start, length));
         if let Some((start, before)) = before
             && start + before == first
         {
@@ -235,7 +256,13 @@ impl Pool {
     ///
     /// # Errors
     /// `EFAULT`.
-    pub fn read(&self, page: PageNumber, offset: usize, length: usize, sink: &mut Sink<'_>) -> Result<usize> {
+    pub fn read(
+        &self,
+        page: PageNumber,
+        offset: usize,
+        length: usize,
+        sink: &mut Sink<'_>,
+    ) -> Result<usize> {
         sink.put(self.bytes(page, offset, length))
     }
 
@@ -243,11 +270,18 @@ impl Pool {
     ///
     /// # Errors
     /// `EFAULT`.
-    pub fn write(&self, page: PageNumber, offset: usize, length: usize, source: &mut Source<'_>) -> Result<usize> {
+    pub fn write(
+        &self,
+        page: PageNumber,
+        offset: usize,
+        length: usize,
+        source: &mut Source<'_>,
+    ) -> Result<usize> {
         let offset = offset.min(PAGE_SIZE);
         let length = length.min(PAGE_SIZE - offset);
         // SAFETY: as in `bytes`; the caller (a file) is the page's only owner in the kernel.
-        let bytes = unsafe { core::slice::from_raw_parts_mut(self.address(page).add(offset), length) };
+        let bytes =
+            unsafe { core::slice::from_raw_parts_mut(self.address(page).add(offset), length) };
         source.take(bytes)
     }
 
@@ -278,7 +312,10 @@ pub(crate) mod tests {
 
         fn discard(&self, first: u32, count: u32) -> Result<()> {
             // SAFETY: the pages lie in the memory of this test.
-            unsafe { ((self.0 + first as usize * PAGE_SIZE) as *mut u8).write_bytes(0, count as usize * PAGE_SIZE) };
+            unsafe {
+                ((self.0 + first as usize * PAGE_SIZE) as *mut u8)
+                    .write_bytes(0, count as usize * PAGE_SIZE)
+            };
             Ok(())
         }
 
@@ -299,21 +336,30 @@ pub(crate) mod tests {
         let first = pool.allocate(None).unwrap();
         let second = pool.allocate(Some(first.next())).unwrap();
         assert_eq!(second, first.next());
-        assert_eq!(pool.write(first, 10, 100, &mut Source::kernel(b"hello")), Ok(5));
+        assert_eq!(
+            pool.write(first, 10, 100, &mut Source::kernel(b"hello")),
+            Ok(5)
+        );
         pool.free([first].into_iter());
         let again = pool.allocate(None).unwrap();
         assert_eq!(again, first);
         let mut bytes = [1; 20];
-        pool.read(again, 0, 20, &mut Sink::kernel(&mut bytes)).unwrap();
+        pool.read(again, 0, 20, &mut Sink::kernel(&mut bytes))
+            .unwrap();
         assert_eq!(bytes, [0; 20]);
     }
 
     #[test]
     fn limit_holds_and_runs_join() {
         let pool = pool(16);
-        let pages: alloc::vec::Vec<PageNumber> = (0..16).map(|_| pool.allocate(None).unwrap()).collect();
+        let pages: alloc::vec::Vec<PageNumber> =
+            (0..16).map(|_| pool.allocate(None).unwrap()).collect();
         assert_eq!(pool.allocate(None), Err(Errno::ENOSPC));
-        for page in pages.iter().step_by(2).chain(pages.iter().skip(1).step_by(2)) {
+        for page in pages
+            .iter()
+            .step_by(2)
+            .chain(pages.iter().skip(1).step_by(2))
+        {
             pool.free([*page].into_iter());
         }
         assert_eq!(pool.used(), 0);

@@ -55,7 +55,11 @@ fn metadata(origin: Origin, inode: u64, kind: Kind, permissions: u32) -> Metadat
 }
 
 fn statistics(origin: Origin) -> FileSystemStatistics {
-    FileSystemStatistics { magic: u64::from(origin.magic), block_size: 4096, ..FileSystemStatistics::default() }
+    FileSystemStatistics {
+        magic: u64::from(origin.magic),
+        block_size: 4096,
+        ..FileSystemStatistics::default()
+    }
 }
 
 /// Makes a file's contents.
@@ -75,15 +79,24 @@ pub struct TextFile {
 impl TextFile {
     /// A file that can be read.
     #[must_use]
-    pub fn new(origin: Origin, generate: impl Fn() -> Result<Vec<u8>> + Send + Sync + 'static) -> Arc<dyn Inode> {
+    pub fn inode(
+        origin: Origin,
+        generate: impl Fn() -> Result<Vec<u8>> + Send + Sync + 'static,
+    ) -> Arc<dyn Inode> {
         let generate = Box::new(generate);
-        Arc::new(TextFile { origin, inode: next_inode(), permissions: 0o444, generate, store: None })
+        Arc::new(TextFile {
+            origin,
+            inode: next_inode(),
+            permissions: 0o444,
+            generate,
+            store: None,
+        })
     }
 
     /// A file with a text that never changes.
     #[must_use]
     pub fn fixed(origin: Origin, text: &'static str) -> Arc<dyn Inode> {
-        TextFile::new(origin, move || Ok(text.as_bytes().to_vec()))
+        TextFile::inode(origin, move || Ok(text.as_bytes().to_vec()))
     }
 
     /// A file that can be read and written.
@@ -94,7 +107,13 @@ impl TextFile {
         store: impl Fn(&[u8]) -> Result<()> + Send + Sync + 'static,
     ) -> Arc<dyn Inode> {
         let (generate, store) = (Box::new(generate), Some(Box::new(store) as Store));
-        Arc::new(TextFile { origin, inode: next_inode(), permissions: 0o644, generate, store })
+        Arc::new(TextFile {
+            origin,
+            inode: next_inode(),
+            permissions: 0o644,
+            generate,
+            store,
+        })
     }
 }
 
@@ -104,12 +123,21 @@ impl Inode for TextFile {
     }
 
     fn metadata(&self) -> Result<Metadata> {
-        Ok(metadata(self.origin, self.inode, Kind::Regular, self.permissions))
+        Ok(metadata(
+            self.origin,
+            self.inode,
+            Kind::Regular,
+            self.permissions,
+        ))
     }
 
     fn change(&self, change: &super::MetadataChange) -> Result<()> {
         // Opening with O_TRUNC, as shells do, is allowed; attributes are not kept.
-        if change.size == Some(0) && self.store.is_some() { Ok(()) } else { Err(Errno::EPERM) }
+        if change.size == Some(0) && self.store.is_some() {
+            Ok(())
+        } else {
+            Err(Errno::EPERM)
+        }
     }
 
     fn open(self: Arc<Self>, flags: OpenFlags) -> Result<Arc<dyn File>> {
@@ -117,7 +145,11 @@ impl Inode for TextFile {
             return Err(Errno::EACCES);
         }
         let inode: Arc<dyn Inode> = Arc::clone(&self) as Arc<dyn Inode>;
-        Ok(Arc::new(OpenText { file: self, inode, text: Mutex::new(None) }))
+        Ok(Arc::new(OpenText {
+            file: self,
+            inode,
+            text: Mutex::new(None),
+        }))
     }
 
     fn statistics(&self) -> Result<FileSystemStatistics> {
@@ -146,7 +178,10 @@ impl File for OpenText {
             Some(bytes) if position > 0 => bytes,
             text => text.insert((self.file.generate)()?),
         };
-        match usize::try_from(position).ok().and_then(|position| bytes.get(position..)) {
+        match usize::try_from(position)
+            .ok()
+            .and_then(|position| bytes.get(position..))
+        {
             Some(rest) => sink.put(rest),
             None => Ok(0),
         }
@@ -195,8 +230,13 @@ pub struct TextDirectory {
 impl TextDirectory {
     /// A directory of known files.
     #[must_use]
-    pub fn new(origin: Origin, fixed: Vec<(&'static str, Arc<dyn Inode>)>) -> Arc<dyn Inode> {
-        Arc::new(TextDirectory { origin, inode: next_inode(), fixed, dynamic: None })
+    pub fn inode(origin: Origin, fixed: Vec<(&'static str, Arc<dyn Inode>)>) -> Arc<dyn Inode> {
+        Arc::new(TextDirectory {
+            origin,
+            inode: next_inode(),
+            fixed,
+            dynamic: None,
+        })
     }
 
     /// A directory of known files and of others.
@@ -206,7 +246,12 @@ impl TextDirectory {
         fixed: Vec<(&'static str, Arc<dyn Inode>)>,
         names: impl Names + 'static,
     ) -> Arc<dyn Inode> {
-        Arc::new(TextDirectory { origin, inode: next_inode(), fixed, dynamic: Some(Box::new(names)) })
+        Arc::new(TextDirectory {
+            origin,
+            inode: next_inode(),
+            fixed,
+            dynamic: Some(Box::new(names)),
+        })
     }
 }
 
@@ -244,7 +289,12 @@ impl Inode for TextDirectory {
             .enumerate()
             .skip(start)
             .take(limit)
-            .map(|(index, (name, kind))| DirectoryEntry { name, inode: self.inode + 1, kind, next: index as u64 + 1 })
+            .map(|(index, (name, kind))| DirectoryEntry {
+                name,
+                inode: self.inode + 1,
+                kind,
+                next: index as u64 + 1,
+            })
             .collect())
     }
 
@@ -280,8 +330,16 @@ pub struct TextLink {
 impl TextLink {
     /// A link whose target is made up when it is read.
     #[must_use]
-    pub fn new(origin: Origin, target: impl Fn() -> Result<String> + Send + Sync + 'static) -> Arc<dyn Inode> {
-        Arc::new(TextLink { origin, inode: next_inode(), target: Box::new(target), jump: None })
+    pub fn inode(
+        origin: Origin,
+        target: impl Fn() -> Result<String> + Send + Sync + 'static,
+    ) -> Arc<dyn Inode> {
+        Arc::new(TextLink {
+            origin,
+            inode: next_inode(),
+            target: Box::new(target),
+            jump: None,
+        })
     }
 
     /// A link that leads to a place whatever its text says.
@@ -292,7 +350,12 @@ impl TextLink {
         jump: impl Fn() -> Result<Location> + Send + Sync + 'static,
     ) -> Arc<dyn Inode> {
         let (target, jump) = (Box::new(target), Some(Box::new(jump) as Jump));
-        Arc::new(TextLink { origin, inode: next_inode(), target, jump })
+        Arc::new(TextLink {
+            origin,
+            inode: next_inode(),
+            target,
+            jump,
+        })
     }
 }
 
@@ -330,13 +393,16 @@ impl Inode for TextLink {
 mod tests {
     use super::*;
 
-    const ORIGIN: Origin = Origin { device: 1, magic: 2 };
+    const ORIGIN: Origin = Origin {
+        device: 1,
+        magic: 2,
+    };
 
     #[test]
     fn text_stays_while_it_is_read_and_is_new_from_the_start() {
         let count = Arc::new(AtomicU64::new(0));
         let counter = Arc::clone(&count);
-        let file = TextFile::new(ORIGIN, move || {
+        let file = TextFile::inode(ORIGIN, move || {
             Ok(alloc::format!("{:04}", counter.fetch_add(1, Ordering::Relaxed)).into_bytes())
         });
         let open = file.open(OpenFlags::empty()).unwrap();
@@ -352,9 +418,12 @@ mod tests {
 
     #[test]
     fn directories_list_what_they_have() {
-        let directory = TextDirectory::new(
+        let directory = TextDirectory::inode(
             ORIGIN,
-            alloc::vec![("one", TextFile::fixed(ORIGIN, "1")), ("two", TextFile::fixed(ORIGIN, "2"))],
+            alloc::vec![
+                ("one", TextFile::fixed(ORIGIN, "1")),
+                ("two", TextFile::fixed(ORIGIN, "2"))
+            ],
         );
         let first = directory.entries(0, 1).unwrap();
         assert_eq!(first[0].name, "one");

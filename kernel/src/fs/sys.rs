@@ -13,10 +13,13 @@ use super::{
 };
 use crate::Kernel;
 
-const ORIGIN: Origin = Origin { device: device_number(0, 23), magic: linux::SYSFS_MAGIC };
+const ORIGIN: Origin = Origin {
+    device: device_number(0, 23),
+    magic: linux::SYSFS_MAGIC,
+};
 
 fn directory(entries: alloc::vec::Vec<(&'static str, Arc<dyn Inode>)>) -> Arc<dyn Inode> {
-    TextDirectory::new(ORIGIN, entries)
+    TextDirectory::inode(ORIGIN, entries)
 }
 
 fn text(text: &'static str) -> Arc<dyn Inode> {
@@ -49,23 +52,44 @@ pub fn root(_: &Arc<Kernel>) -> Arc<dyn Inode> {
     };
     let pages = directory(vec![
         ("enabled", text("always madvise [never]\n")),
-        ("defrag", text("always defer defer+madvise madvise [never]\n")),
-        ("hpage_pmd_size", TextFile::new(ORIGIN, || Ok(format!("{}\n", 2 << 20).into_bytes()))),
-        ("shmem_enabled", text("always within_size advise [never] deny force\n")),
+        (
+            "defrag",
+            text("always defer defer+madvise madvise [never]\n"),
+        ),
+        (
+            "hpage_pmd_size",
+            TextFile::inode(ORIGIN, || Ok(format!("{}\n", 2 << 20).into_bytes())),
+        ),
+        (
+            "shmem_enabled",
+            text("always within_size advise [never] deny force\n"),
+        ),
     ]);
     let node = directory(vec![
         ("online", text("0\n")),
         ("possible", text("0\n")),
-        ("node0", directory(vec![("cpulist", text("0\n")), ("cpumap", text("1\n"))])),
+        (
+            "node0",
+            directory(vec![("cpulist", text("0\n")), ("cpumap", text("1\n"))]),
+        ),
     ]);
     directory(vec![
-        ("devices", directory(vec![("system", directory(vec![("cpu", cpu()), ("node", node)]))])),
+        (
+            "devices",
+            directory(vec![(
+                "system",
+                directory(vec![("cpu", cpu()), ("node", node)]),
+            )]),
+        ),
         (
             "kernel",
-            directory(vec![("mm", directory(vec![
-                ("transparent_hugepage", pages),
-                ("hugepages", directory(vec![])),
-            ]))]),
+            directory(vec![(
+                "mm",
+                directory(vec![
+                    ("transparent_hugepage", pages),
+                    ("hugepages", directory(vec![])),
+                ]),
+            )]),
         ),
         ("fs", directory(vec![("cgroup", directory(vec![]))])),
         ("class", directory(vec![("net", directory(vec![]))])),

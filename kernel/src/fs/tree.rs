@@ -9,6 +9,7 @@
 //! learn more later (a name server from DHCP).
 
 use alloc::{
+    boxed::Box,
     format,
     string::{String, ToString},
     sync::Arc,
@@ -16,14 +17,17 @@ use alloc::{
 };
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use kiln_abi::configuration::{Network, RunConfiguration};
+use kiln_abi::{
+    configuration::{Network, RunConfiguration},
+    link::FIRST_VOLUME,
+};
 
 use super::{
     Clock, Inode, Kind, device_number,
     erofs::Erofs,
+    fuse::{Fuse, Transport},
     pool::Pool,
-    proc,
-    sys,
+    proc, sys,
     tmpfs::{Devices, Tmpfs, TmpfsParts},
     vfs::{Identity, Location, Mount, MountSource, Resolve, View},
 };
@@ -36,6 +40,7 @@ use crate::{
         locks::LockTable,
     },
     host::Host,
+    link::Link,
 };
 
 /// Host name when nobody says one.
@@ -97,6 +102,22 @@ impl Devices for DeviceTable {
     }
 }
 
+/// Carries the requests of one volume over the link.
+struct VolumeTransport {
+    link: Arc<Link>,
+    channel: u32,
+}
+
+impl Transport for VolumeTransport {
+    fn call(&self, request: &[&[u8]]) -> Result<Vec<u8>> {
+        self.link.call(self.channel, request)
+    }
+
+    fn post(&self, request: &[&[u8]]) -> Result<()> {
+        self.link.post(self.channel, request)
+    }
+}
+
 /// The clock of files: the wall clock as the program sees it.
 struct FileClock(Arc<Kernel>);
 
@@ -114,7 +135,10 @@ pub fn start(kernel: &Arc<Kernel>) -> Result<Location> {
     let pool = Pool::new(kernel.host, kernel.memory_limit);
     let clock: Arc<dyn Clock> = Arc::new(FileClock(Arc::clone(kernel)));
     let input = Arc::new(ConsoleInput::default());
-    let devices: Arc<dyn Devices> = Arc::new(DeviceTable { host: kernel.host, input: Arc::clone(&input) });
+    let devices: Arc<dyn Devices> = Arc::new(DeviceTable {
+        host: kernel.host,
+        input: Arc::clone(&input),
+    });
     let parts = |minor: u32| TmpfsParts {
         pool: Arc::clone(&pool),
         clock: Arc::clone(&clock),
@@ -123,8 +147,12 @@ pub fn start(kernel: &Arc<Kernel>) -> Result<Location> {
     };
     let image = Erofs::mount(kernel.root_image.bytes)?;
     let root = Tmpfs::over(parts(21), &image.root()?)?;
-    let root =
-        Mount::root(MountSource { kind: "overlay", source: String::from("kiln"), read_only: false, root });
+    let root = Mount::root(MountSource {
+        kind: "overlay",
+        source: String::from("kiln"),
+        read_only: false,
+        root,
+    });
     let tree = FileTree {
         root: root.clone(),
         memory_files: Tmpfs::empty(parts(1), 0o1777),
@@ -133,24 +161,69 @@ pub fn start(kernel: &Arc<Kernel>) -> Result<Location> {
         input,
         next_mount: AtomicU64::new(2),
     };
-    for (path, permissions) in
-        [("/proc", 0o555), ("/sys", 0o555), ("/dev", 0o755), ("/etc", 0o755), ("/run", 0o755), ("/tmp", 0o1777)]
-    {
+    for (path, permissions) in [
+        ("/proc", 0o555),
+        ("/sys", 0o555),
+        ("/dev", 0o755),
+        ("/etc", 0o755),
+        ("/run", 0o755),
+        ("/tmp", 0o1777),
+    ] {
         tree.make_directory(path, permissions)?;
     }
     tree.mount("/proc", "proc", "proc", false, proc::root(kernel))?;
     tree.mount("/sys", "sysfs", "sysfs", true, sys::root(kernel))?;
-    tree.mount("/dev", "devtmpfs", "devtmpfs", false, Tmpfs::empty(parts(6), 0o755))?;
+    tree.mount(
+        "/dev",
+        "devtmpfs",
+        "devtmpfs",
+        false,
+        Tmpfs::empty(parts(6), 0o755),
+    )?;
     for &(name, major, minor, permissions) in DEVICES {
         let device = device_number(major, minor);
-        tree.make(&format!("/dev/{name}"), Kind::CharacterDevice, permissions, "", device)?;
+        tree.make(
+            &format!("/dev/{name}"),
+            Kind::CharacterDevice,
+            permissions,
+            "",
+            device,
+        )?;
     }
     for &(name, target) in DEVICE_LINKS {
-        tree.make(&format!("/dev/{name}"), Kind::SymbolicLink, 0o777, target, 0)?;
+        tree.make(
+            &format!("/dev/{name}"),
+            Kind::SymbolicLink,
+            0o777,
+            target,
+            0,
+        )?;
     }
     tree.make_directory("/dev/shm", 0o1777)?;
-    tree.mount("/dev/shm", "tmpfs", "tmpfs", false, Tmpfs::empty(parts(22), 0o1777))?;
+    tree.mount(
+        "/dev/shm",
+        "tmpfs",
+        "tmpfs",
+        false,
+        Tmpfs::empty(parts(22), 0o1777),
+    )?;
     tree.write_network_files(&kernel.configuration)?;
+    for (index, volume) in kernel.configuration.volumes.iter().enumerate() {
+        let link = Arc::clone(kernel.link.get().ok_or(Errno::ENODEV)?);
+        let index = u32::try_from(index).map_err(|_| Errno::EINVAL)?;
+        let transport = VolumeTransport {
+            link,
+            channel: FIRST_VOLUME + index,
+        };
+        let device = device_number(0, 40 + index);
+        let root = Fuse::mount(
+            Box::new(transport),
+            Arc::clone(&clock),
+            device,
+            volume.read_only,
+        )?;
+        tree.mount(&volume.path, "fuse", "volume", volume.read_only, root)?;
+    }
     kernel.files.call_once(|| tree);
     Ok(root)
 }
@@ -165,13 +238,19 @@ pub fn console_input(kernel: &Kernel, bytes: &[u8]) {
 /// Standard input, output and error.
 #[must_use]
 pub fn standard_streams(kernel: &Kernel) -> Vec<Arc<OpenFile>> {
-    let Some(files) = kernel.files.get() else { return Vec::new() };
+    let Some(files) = kernel.files.get() else {
+        return Vec::new();
+    };
     let console: Arc<dyn File> = Console::new(kernel.host, Arc::clone(&files.input));
     let path = || Some(String::from("/dev/console"));
-    [OpenFlags::empty(), OpenFlags::WRITE_ONLY, OpenFlags::WRITE_ONLY]
-        .into_iter()
-        .map(|flags| OpenFile::with_path(Arc::clone(&console), flags, path()))
-        .collect()
+    [
+        OpenFlags::empty(),
+        OpenFlags::WRITE_ONLY,
+        OpenFlags::WRITE_ONLY,
+    ]
+    .into_iter()
+    .map(|flags| OpenFile::with_path(Arc::clone(&console), flags, path()))
+    .collect()
 }
 
 impl FileTree {
@@ -185,8 +264,17 @@ impl FileTree {
         }
     }
 
-    fn make(&self, path: &str, kind: Kind, permissions: u32, target: &str, device: u64) -> Result<()> {
-        self.view().create(&self.root, path, kind, permissions, target, device).map(drop)
+    fn make(
+        &self,
+        path: &str,
+        kind: Kind,
+        permissions: u32,
+        target: &str,
+        device: u64,
+    ) -> Result<()> {
+        self.view()
+            .create(&self.root, path, kind, permissions, target, device)
+            .map(drop)
     }
 
     /// Makes a directory and those above it, unless they are there.
@@ -196,9 +284,15 @@ impl FileTree {
     pub fn make_directory(&self, path: &str, permissions: u32) -> Result<()> {
         let mut end = 0;
         while end < path.len() {
-            end = path[end + 1..].find('/').map_or(path.len(), |next| end + 1 + next);
+            end = path[end + 1..]
+                .find('/')
+                .map_or(path.len(), |next| end + 1 + next);
             let part = &path[..end];
-            let permissions = if end == path.len() { permissions } else { 0o755 };
+            let permissions = if end == path.len() {
+                permissions
+            } else {
+                0o755
+            };
             match self.make(part, Kind::Directory, permissions, "", 0) {
                 Ok(()) | Err(Errno::EEXIST) => {}
                 Err(error) => return Err(error),
@@ -206,7 +300,11 @@ impl FileTree {
         }
         let view = self.view();
         let walk = view.find(&self.root, path, Resolve::FOLLOW)?;
-        if walk.metadata()?.kind == Kind::Directory { Ok(()) } else { Err(Errno::ENOTDIR) }
+        if walk.metadata()?.kind == Kind::Directory {
+            Ok(())
+        } else {
+            Err(Errno::ENOTDIR)
+        }
     }
 
     /// Mounts a file system on a directory, which is made if it is missing.
@@ -222,9 +320,20 @@ impl FileTree {
         root: Arc<dyn Inode>,
     ) -> Result<Location> {
         self.make_directory(path, 0o755)?;
-        let place = self.view().find(&self.root, path, Resolve::FOLLOW)?.location();
+        let place = self
+            .view()
+            .find(&self.root, path, Resolve::FOLLOW)?
+            .location();
         let identifier = self.next_mount.fetch_add(1, Ordering::Relaxed);
-        place.mount_here(MountSource { kind, source: source.to_string(), read_only, root }, identifier)
+        place.mount_here(
+            MountSource {
+                kind,
+                source: source.to_string(),
+                read_only,
+                root,
+            },
+            identifier,
+        )
     }
 
     /// Writes a file as the superuser, in place of what is there.
@@ -247,15 +356,18 @@ impl FileTree {
         let flags = OpenFlags::WRITE_ONLY | OpenFlags::CREATE | OpenFlags::TRUNCATE;
         let file = view.open(&self.root, path, flags, permissions, Resolve::empty())?;
         let count = file.write(&mut Source::kernel(contents))?;
-        if count == contents.len() { Ok(()) } else { Err(Errno::ENOSPC) }
+        if count == contents.len() {
+            Ok(())
+        } else {
+            Err(Errno::ENOSPC)
+        }
     }
 
     fn write_network_files(&self, run: &RunConfiguration) -> Result<()> {
         let hostname = run.hostname.as_deref().unwrap_or(DEFAULT_HOSTNAME);
         self.write_file("/etc/hostname", format!("{hostname}\n").as_bytes(), 0o644)?;
-        let hosts = format!(
-            "127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n"
-        );
+        let hosts =
+            format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n");
         self.write_file("/etc/hosts", hosts.as_bytes(), 0o644)?;
         let servers = match &run.network {
             Network::Socket { name_servers } => name_servers.as_slice(),
@@ -270,7 +382,10 @@ impl FileTree {
     /// # Errors
     /// As [`FileTree::write_file`].
     pub fn set_name_servers(&self, servers: &[core::net::IpAddr]) -> Result<()> {
-        let text: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+        let text: String = servers
+            .iter()
+            .map(|server| format!("nameserver {server}\n"))
+            .collect();
         self.write_file("/etc/resolv.conf", text.as_bytes(), 0o644)
     }
 }

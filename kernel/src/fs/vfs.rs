@@ -69,7 +69,11 @@ impl Identity {
         if self.is_root() {
             // Executing needs somebody's execute bit, but for directories.
             let executable = metadata.kind == Kind::Directory || metadata.permissions & 0o111 != 0;
-            return if mask & EXECUTE == 0 || executable { Ok(()) } else { Err(Errno::EACCES) };
+            return if mask & EXECUTE == 0 || executable {
+                Ok(())
+            } else {
+                Err(Errno::EACCES)
+            };
         }
         let shift = if metadata.uid == self.uid {
             6
@@ -78,9 +82,16 @@ impl Identity {
         } else {
             0
         };
-        if (metadata.permissions >> shift) & mask == mask { Ok(()) } else { Err(Errno::EACCES) }
+        if (metadata.permissions >> shift) & mask == mask {
+            Ok(())
+        } else {
+            Err(Errno::EACCES)
+        }
     }
 }
+
+/// A covered directory, and what covers it.
+type MountPoint = (Arc<dyn Inode>, Arc<Mount>);
 
 /// A file system in the tree.
 pub struct Mount {
@@ -96,7 +107,7 @@ pub struct Mount {
     pub path: String,
     root: Arc<dyn Inode>,
     /// Mounts on directories of this one.
-    children: Mutex<Vec<(Arc<dyn Inode>, Arc<Mount>)>>,
+    children: Mutex<Vec<MountPoint>>,
     /// Locations in this mount that somebody may still hold: a rename changes their paths.
     locations: Mutex<Vec<Weak<Entry>>>,
 }
@@ -142,7 +153,11 @@ impl Mount {
     fn mounted_on(&self, inode: &Arc<dyn Inode>) -> Option<Arc<Mount>> {
         let children = self.children.lock();
         // The last mount on a directory hides earlier ones.
-        children.iter().rev().find(|(point, _)| same_inode(point, inode)).map(|(_, mount)| Arc::clone(mount))
+        children
+            .iter()
+            .rev()
+            .find(|(point, _)| same_inode(point, inode))
+            .map(|(_, mount)| Arc::clone(mount))
     }
 
     /// This mount and all below it, in the order of mounting.
@@ -151,7 +166,13 @@ impl Mount {
         let mut mounts = alloc::vec![Arc::clone(self)];
         let mut index = 0;
         while let Some(mount) = mounts.get(index).cloned() {
-            mounts.extend(mount.children.lock().iter().map(|(_, child)| Arc::clone(child)));
+            mounts.extend(
+                mount
+                    .children
+                    .lock()
+                    .iter()
+                    .map(|(_, child)| Arc::clone(child)),
+            );
             index += 1;
         }
         mounts.sort_by_key(|mount| mount.identifier);
@@ -177,8 +198,17 @@ struct Entry {
 pub struct Location(Arc<Entry>);
 
 impl Location {
-    fn new(inode: Arc<dyn Inode>, mount: Arc<Mount>, parent: Option<Location>, path: String) -> Location {
-        let entry = Arc::new(Entry { inode, mount, place: Mutex::new((parent, path)) });
+    fn new(
+        inode: Arc<dyn Inode>,
+        mount: Arc<Mount>,
+        parent: Option<Location>,
+        path: String,
+    ) -> Location {
+        let entry = Arc::new(Entry {
+            inode,
+            mount,
+            place: Mutex::new((parent, path)),
+        });
         let mut locations = entry.mount.locations.lock();
         if locations.len() == locations.capacity() {
             locations.retain(|location| location.strong_count() > 0);
@@ -191,7 +221,11 @@ impl Location {
     /// A place for a file that has none (what a magic link to a pipe leads to); `text` is what its path reads as.
     #[must_use]
     pub fn detached(inode: Arc<dyn Inode>, near: &Location, text: String) -> Location {
-        Location(Arc::new(Entry { inode, mount: Arc::clone(near.mount()), place: Mutex::new((None, text)) }))
+        Location(Arc::new(Entry {
+            inode,
+            mount: Arc::clone(near.mount()),
+            place: Mutex::new((None, text)),
+        }))
     }
 
     /// The file.
@@ -221,7 +255,9 @@ impl Location {
     /// Whether both are the same place.
     #[must_use]
     pub fn is(&self, other: &Location) -> bool {
-        Arc::ptr_eq(&self.0, &other.0) || (same_inode(&self.0.inode, &other.0.inode) && Arc::ptr_eq(&self.0.mount, &other.0.mount))
+        Arc::ptr_eq(&self.0, &other.0)
+            || (same_inode(&self.0.inode, &other.0.inode)
+                && Arc::ptr_eq(&self.0.mount, &other.0.mount))
     }
 
     /// Mounts a file system on this directory.
@@ -229,13 +265,18 @@ impl Location {
     /// # Errors
     /// `ENOTDIR` if one of both is no directory.
     pub fn mount_here(&self, source: MountSource, identifier: u64) -> Result<Location> {
-        if self.inode().metadata()?.kind != Kind::Directory || source.root.metadata()?.kind != Kind::Directory {
+        if self.inode().metadata()?.kind != Kind::Directory
+            || source.root.metadata()?.kind != Kind::Directory
+        {
             return Err(Errno::ENOTDIR);
         }
         let path = self.path();
         let mount = Mount::new(source, identifier, path.clone());
         let inode = Arc::clone(&mount.root);
-        self.mount().children.lock().push((Arc::clone(self.inode()), Arc::clone(&mount)));
+        self.mount()
+            .children
+            .lock()
+            .push((Arc::clone(self.inode()), Arc::clone(&mount)));
         Ok(Location::new(inode, mount, self.parent(), path))
     }
 }
@@ -304,19 +345,33 @@ enum Last {
 impl<'a> Walk<'a> {
     fn start(view: &'a View, base: &Location, flags: Resolve) -> Walk<'a> {
         let path = base.path();
-        Walk { view, flags, base: base.clone(), trail: Vec::with_capacity(8), path, links: 0, limit: base.clone() }
+        Walk {
+            view,
+            flags,
+            base: base.clone(),
+            trail: Vec::with_capacity(8),
+            path,
+            links: 0,
+            limit: base.clone(),
+        }
     }
 
     /// The inode reached.
     #[must_use]
     pub fn inode(&self) -> &Arc<dyn Inode> {
-        self.trail.last().map_or(self.base.inode(), |step| &step.inode)
+        self.trail
+            .last()
+            .map_or(self.base.inode(), |step| &step.inode)
     }
 
     /// The mount reached.
     #[must_use]
     pub fn mount(&self) -> &Arc<Mount> {
-        self.trail.iter().rev().find_map(|step| step.mount.as_ref()).unwrap_or(self.base.mount())
+        self.trail
+            .iter()
+            .rev()
+            .find_map(|step| step.mount.as_ref())
+            .unwrap_or(self.base.mount())
     }
 
     /// Absolute path reached.
@@ -342,9 +397,17 @@ impl<'a> Walk<'a> {
             if let Some(crossed) = &step.mount {
                 mount = Arc::clone(crossed);
             }
-            let end = self.trail.get(index + 1).map_or(self.path.len(), |next| next.path_before);
+            let end = self
+                .trail
+                .get(index + 1)
+                .map_or(self.path.len(), |next| next.path_before);
             let path = self.path.get(..end).unwrap_or("/").to_string();
-            location = Location::new(Arc::clone(&step.inode), Arc::clone(&mount), Some(location), path);
+            location = Location::new(
+                Arc::clone(&step.inode),
+                Arc::clone(&mount),
+                Some(location),
+                path,
+            );
         }
         location
     }
@@ -359,11 +422,15 @@ impl<'a> Walk<'a> {
         self.trail.clear();
     }
 
-    fn to_root(&mut self) -> Result<()> {
+    fn restart_at_root(&mut self) -> Result<()> {
         if self.flags.contains(Resolve::BENEATH) {
             return Err(Errno::EXDEV);
         }
-        let root = if self.flags.contains(Resolve::IN_ROOT) { self.limit.clone() } else { self.view.root.clone() };
+        let root = if self.flags.contains(Resolve::IN_ROOT) {
+            self.limit.clone()
+        } else {
+            self.view.root.clone()
+        };
         if self.flags.contains(Resolve::ONE_MOUNT) && !Arc::ptr_eq(root.mount(), self.mount()) {
             return Err(Errno::EXDEV);
         }
@@ -373,7 +440,11 @@ impl<'a> Walk<'a> {
 
     fn up(&mut self) -> Result<()> {
         if self.flags.intersects(Resolve::BENEATH | Resolve::IN_ROOT) && self.is_at(&self.limit) {
-            return if self.flags.contains(Resolve::BENEATH) { Err(Errno::EXDEV) } else { Ok(()) };
+            return if self.flags.contains(Resolve::BENEATH) {
+                Err(Errno::EXDEV)
+            } else {
+                Ok(())
+            };
         }
         if self.is_at(&self.view.root) {
             return Ok(());
@@ -384,7 +455,9 @@ impl<'a> Walk<'a> {
             }
             self.path.truncate(step.path_before);
         } else if let Some(parent) = self.base.parent() {
-            if self.flags.contains(Resolve::ONE_MOUNT) && !Arc::ptr_eq(parent.mount(), self.base.mount()) {
+            if self.flags.contains(Resolve::ONE_MOUNT)
+                && !Arc::ptr_eq(parent.mount(), self.base.mount())
+            {
                 return Err(Errno::EXDEV);
             }
             self.restart(parent);
@@ -407,7 +480,11 @@ impl<'a> Walk<'a> {
             self.path.push('/');
         }
         self.path.push_str(name);
-        self.trail.push(Step { inode, mount, path_before });
+        self.trail.push(Step {
+            inode,
+            mount,
+            path_before,
+        });
         Ok(())
     }
 
@@ -442,11 +519,19 @@ impl<'a> Walk<'a> {
     }
 
     fn magic(&mut self, inode: &Arc<dyn Inode>) -> Result<Option<Location>> {
-        let Some(jump) = inode.jump() else { return Ok(None) };
-        if self.flags.intersects(Resolve::NO_LINKS | Resolve::NO_MAGIC_LINKS) {
+        let Some(jump) = inode.jump() else {
+            return Ok(None);
+        };
+        if self
+            .flags
+            .intersects(Resolve::NO_LINKS | Resolve::NO_MAGIC_LINKS)
+        {
             return Err(Errno::ELOOP);
         }
-        if self.flags.intersects(Resolve::BENEATH | Resolve::IN_ROOT | Resolve::ONE_MOUNT) {
+        if self
+            .flags
+            .intersects(Resolve::BENEATH | Resolve::IN_ROOT | Resolve::ONE_MOUNT)
+        {
             return Err(Errno::EXDEV);
         }
         self.count_link()?;
@@ -455,7 +540,11 @@ impl<'a> Walk<'a> {
 
     fn count_link(&mut self) -> Result<()> {
         self.links += 1;
-        if self.links > LINK_LIMIT { Err(Errno::ELOOP) } else { Ok(()) }
+        if self.links > LINK_LIMIT {
+            Err(Errno::ELOOP)
+        } else {
+            Ok(())
+        }
     }
 
     fn link_target(&mut self, inode: &Arc<dyn Inode>) -> Result<String> {
@@ -464,7 +553,11 @@ impl<'a> Walk<'a> {
         }
         self.count_link()?;
         let target = inode.target()?;
-        if target.is_empty() { Err(Errno::ENOENT) } else { Ok(target) }
+        if target.is_empty() {
+            Err(Errno::ENOENT)
+        } else {
+            Ok(target)
+        }
     }
 
     /// Goes along a whole path, following every symbolic link.
@@ -499,7 +592,7 @@ impl<'a> Walk<'a> {
             return Err(Errno::ENAMETOOLONG);
         }
         if path.starts_with('/') {
-            self.to_root()?;
+            self.restart_at_root()?;
         }
         let mut rest = path.trim_start_matches('/');
         while !rest.is_empty() {
@@ -519,7 +612,9 @@ impl<'a> Walk<'a> {
                         self.up()?;
                     }
                 }
-                name if rest.is_empty() => return Ok(Last::Name(String::from(name), !after.is_empty())),
+                name if rest.is_empty() => {
+                    return Ok(Last::Name(String::from(name), !after.is_empty()));
+                }
                 name => {
                     let inode = self.look_up(name)?;
                     if is_link(&inode) {
@@ -582,7 +677,11 @@ impl View {
                     return Err(Errno::ENOTDIR);
                 }
                 walk.check_search()?;
-                Ok(Target { directory: walk, name, slash })
+                Ok(Target {
+                    directory: walk,
+                    name,
+                    slash,
+                })
             }
         }
     }
@@ -605,11 +704,23 @@ impl View {
             return Ok(());
         }
         let parent = directory.metadata()?;
-        let owned = || Ok(parent.uid == self.identity.uid || inode.metadata()?.uid == self.identity.uid);
-        if parent.permissions & 0o1000 != 0 && !owned()? { Err(Errno::EPERM) } else { Ok(()) }
+        let owned =
+            || Ok(parent.uid == self.identity.uid || inode.metadata()?.uid == self.identity.uid);
+        if parent.permissions & 0o1000 != 0 && !owned()? {
+            Err(Errno::EPERM)
+        } else {
+            Ok(())
+        }
     }
 
-    fn creation<'b>(&self, directory: &Metadata, kind: Kind, permissions: u32, target: &'b str, device: u64) -> Creation<'b> {
+    fn creation<'b>(
+        &self,
+        directory: &Metadata,
+        kind: Kind,
+        permissions: u32,
+        target: &'b str,
+        device: u64,
+    ) -> Creation<'b> {
         // In a set-group-id directory files get its group, and directories the bit too.
         let inherits = directory.permissions & 0o2000 != 0;
         let mut permissions = permissions & 0o7777;
@@ -623,7 +734,11 @@ impl View {
             kind,
             permissions,
             uid: self.identity.uid,
-            gid: if inherits { directory.gid } else { self.identity.gid },
+            gid: if inherits {
+                directory.gid
+            } else {
+                self.identity.gid
+            },
             target,
             special_device: device,
         }
@@ -650,7 +765,13 @@ impl View {
             return Err(Errno::ENOENT);
         }
         self.check_change(&target.directory)?;
-        let creation = self.creation(&target.directory.metadata()?, kind, permissions, link_target, device);
+        let creation = self.creation(
+            &target.directory.metadata()?,
+            kind,
+            permissions,
+            link_target,
+            device,
+        );
         target.directory.inode().create(&target.name, &creation)
     }
 
@@ -666,8 +787,13 @@ impl View {
         mode: u32,
         resolve: Resolve,
     ) -> Result<Arc<OpenFile>> {
-        let follow = !flags.contains(OpenFlags::NO_FOLLOW) && !flags.contains(OpenFlags::CREATE | OpenFlags::EXCLUSIVE);
-        let resolve = if follow { resolve | Resolve::FOLLOW } else { resolve - Resolve::FOLLOW };
+        let follow = !flags.contains(OpenFlags::NO_FOLLOW)
+            && !flags.contains(OpenFlags::CREATE | OpenFlags::EXCLUSIVE);
+        let resolve = if follow {
+            resolve | Resolve::FOLLOW
+        } else {
+            resolve - Resolve::FOLLOW
+        };
         if flags.contains(OpenFlags::PATH) {
             let walk = self.find(base, path, resolve)?;
             if flags.contains(OpenFlags::DIRECTORY) && walk.metadata()?.kind != Kind::Directory {
@@ -675,7 +801,11 @@ impl View {
             }
             let path = String::from(walk.path());
             let kept = flags & (OpenFlags::PATH | OpenFlags::DIRECTORY | OpenFlags::NO_FOLLOW);
-            return Ok(OpenFile::with_path(Arc::new(Place::new(walk.location())), kept, Some(path)));
+            return Ok(OpenFile::with_path(
+                Arc::new(Place::new(walk.location())),
+                kept,
+                Some(path),
+            ));
         }
         if flags.contains(OpenFlags::TEMPORARY) {
             return self.open_unnamed(base, path, flags, mode, resolve);
@@ -707,10 +837,16 @@ impl View {
             return Err(Errno::ENOTDIR);
         }
         self.check_change(&walk)?;
-        let inode = walk.inode().create_unnamed(&self.creation(&metadata, Kind::Regular, mode, "", 0))?;
+        let inode =
+            walk.inode()
+                .create_unnamed(&self.creation(&metadata, Kind::Regular, mode, "", 0))?;
         let file = inode.open(flags)?;
         let path = alloc::format!("{}/#unnamed (deleted)", walk.path().trim_end_matches('/'));
-        Ok(OpenFile::with_path(file, flags - OpenFlags::TEMPORARY - OpenFlags::DIRECTORY, Some(path)))
+        Ok(OpenFile::with_path(
+            file,
+            flags - OpenFlags::TEMPORARY - OpenFlags::DIRECTORY,
+            Some(path),
+        ))
     }
 
     fn open_or_create(
@@ -760,7 +896,12 @@ impl View {
     }
 
     /// Opens what was found; `created` files may be opened whatever their permissions are.
-    fn open_found(&self, walk: &Walk<'_>, flags: OpenFlags, created: bool) -> Result<Arc<OpenFile>> {
+    fn open_found(
+        &self,
+        walk: &Walk<'_>,
+        flags: OpenFlags,
+        created: bool,
+    ) -> Result<Arc<OpenFile>> {
         let inode = walk.inode();
         let metadata = inode.metadata()?;
         if flags.contains(OpenFlags::DIRECTORY) && metadata.kind != Kind::Directory {
@@ -770,7 +911,9 @@ impl View {
         match metadata.kind {
             Kind::SymbolicLink => return Err(Errno::ELOOP),
             Kind::Socket => return Err(Errno::ENXIO),
-            Kind::Directory if changes || flags.contains(OpenFlags::CREATE) => return Err(Errno::EISDIR),
+            Kind::Directory if changes || flags.contains(OpenFlags::CREATE) => {
+                return Err(Errno::EISDIR);
+            }
             Kind::Regular if changes && walk.mount().read_only => return Err(Errno::EROFS),
             _ => {}
         }
@@ -787,14 +930,26 @@ impl View {
         if metadata.kind == Kind::Directory {
             let place = walk.location();
             let path = place.path();
-            return Ok(OpenFile::with_path(Arc::new(Place::new(place)), flags, Some(path)));
+            return Ok(OpenFile::with_path(
+                Arc::new(Place::new(place)),
+                flags,
+                Some(path),
+            ));
         }
-        let truncate = flags.contains(OpenFlags::TRUNCATE) && metadata.kind == Kind::Regular && !created;
+        let truncate =
+            flags.contains(OpenFlags::TRUNCATE) && metadata.kind == Kind::Regular && !created;
         let file = Arc::clone(inode).open(flags)?;
         if truncate && metadata.size > 0 {
-            inode.change(&MetadataChange { size: Some(0), ..MetadataChange::default() })?;
+            inode.change(&MetadataChange {
+                size: Some(0),
+                ..MetadataChange::default()
+            })?;
         }
-        Ok(OpenFile::with_path(file, flags, Some(String::from(walk.path()))))
+        Ok(OpenFile::with_path(
+            file,
+            flags,
+            Some(String::from(walk.path())),
+        ))
     }
 
     /// Removes a name; `directory` for `rmdir`.
@@ -819,7 +974,11 @@ impl View {
         };
         let inode = target.directory.inode().lookup(&target.name)?;
         if target.slash && !directory {
-            return Err(if inode.metadata()?.kind == Kind::Directory { Errno::EISDIR } else { Errno::ENOTDIR });
+            return Err(if inode.metadata()?.kind == Kind::Directory {
+                Errno::EISDIR
+            } else {
+                Errno::ENOTDIR
+            });
         }
         self.check_removal(&target.directory, &inode)?;
         if target.directory.mount().mounted_on(&inode).is_some() {
@@ -854,13 +1013,26 @@ impl View {
     ///
     /// # Errors
     /// As `renameat2(2)`.
-    pub fn rename(&self, old_base: &Location, old: &str, new_base: &Location, new: &str, flags: u32) -> Result<()> {
+    pub fn rename(
+        &self,
+        old_base: &Location,
+        old: &str,
+        new_base: &Location,
+        new: &str,
+        flags: u32,
+    ) -> Result<()> {
         if flags & !(linux::RENAME_NOREPLACE | linux::RENAME_EXCHANGE) != 0
             || flags == linux::RENAME_NOREPLACE | linux::RENAME_EXCHANGE
         {
             return Err(Errno::EINVAL);
         }
-        let busy = |error| if error == Errno::EEXIST { Errno::EBUSY } else { error };
+        let busy = |error| {
+            if error == Errno::EEXIST {
+                Errno::EBUSY
+            } else {
+                error
+            }
+        };
         let from = self.target(old_base, old).map_err(busy)?;
         let to = self.target(new_base, new).map_err(busy)?;
         if !Arc::ptr_eq(from.directory.mount(), to.directory.mount()) {
@@ -911,7 +1083,9 @@ impl View {
                 above = place.parent();
             }
         }
-        from.directory.inode().rename(&from.name, to.directory.inode(), &to.name, flags)?;
+        from.directory
+            .inode()
+            .rename(&from.name, to.directory.inode(), &to.name, flags)?;
         let new_path = join(to.directory.path(), &to.name);
         if old_path != new_path {
             mount.moved(&old_path, &new_path, &inode, &to.directory.location());
@@ -923,7 +1097,12 @@ impl View {
     ///
     /// # Errors
     /// As `chmod(2)`, `chown(2)`, `utimensat(2)`, `truncate(2)`.
-    pub fn change(&self, inode: &Arc<dyn Inode>, mount: &Mount, change: &MetadataChange) -> Result<()> {
+    pub fn change(
+        &self,
+        inode: &Arc<dyn Inode>,
+        mount: &Mount,
+        change: &MetadataChange,
+    ) -> Result<()> {
         if mount.read_only {
             return Err(Errno::EROFS);
         }
@@ -932,7 +1111,9 @@ impl View {
         if !self.identity.is_root() {
             let owner = metadata.uid == self.identity.uid;
             if change.uid.is_some_and(|uid| !owner || uid != metadata.uid)
-                || change.gid.is_some_and(|gid| !owner || (gid != metadata.gid && !self.identity.in_group(gid)))
+                || change.gid.is_some_and(|gid| {
+                    !owner || (gid != metadata.gid && !self.identity.in_group(gid))
+                })
                 || (change.permissions.is_some() && !owner)
             {
                 return Err(Errno::EPERM);
@@ -950,7 +1131,8 @@ impl View {
             && metadata.permissions & 0o6000 != 0
         {
             let group_execute = metadata.permissions & 0o010 != 0;
-            change.permissions = Some(metadata.permissions & if group_execute { !0o6000 } else { !0o4000 });
+            change.permissions =
+                Some(metadata.permissions & if group_execute { !0o6000 } else { !0o4000 });
         }
         inode.change(&change)
     }
@@ -963,10 +1145,17 @@ fn join(directory: &str, name: &str) -> String {
 impl Mount {
     /// Corrects the paths of locations after a rename.
     fn moved(&self, old: &str, new: &str, inode: &Arc<dyn Inode>, parent: &Location) {
-        let live: Vec<Arc<Entry>> = self.locations.lock().iter().filter_map(Weak::upgrade).collect();
+        let live: Vec<Arc<Entry>> = self
+            .locations
+            .lock()
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect();
         for entry in live {
             let mut place = entry.place.lock();
-            let Some(rest) = place.1.strip_prefix(old) else { continue };
+            let Some(rest) = place.1.strip_prefix(old) else {
+                continue;
+            };
             if !rest.is_empty() && !rest.starts_with('/') {
                 continue;
             }
@@ -1040,7 +1229,7 @@ pub struct OpenInode {
 impl OpenInode {
     /// Wraps an open file.
     #[must_use]
-    pub fn new(file: Arc<dyn File>) -> Arc<dyn Inode> {
+    pub fn wrap(file: Arc<dyn File>) -> Arc<dyn Inode> {
         Arc::new(OpenInode { file })
     }
 }
@@ -1059,7 +1248,11 @@ impl Inode for OpenInode {
             return Ok(end.reopen(flags));
         }
         // The console can be opened again; sockets cannot, and what else has no name neither (as in Linux).
-        if self.file.as_any().is::<Console>() { Ok(Arc::clone(&self.file)) } else { Err(Errno::ENXIO) }
+        if self.file.as_any().is::<Console>() {
+            Ok(Arc::clone(&self.file))
+        } else {
+            Err(Errno::ENXIO)
+        }
     }
 
     fn statistics(&self) -> Result<FileSystemStatistics> {

@@ -25,14 +25,54 @@ const NO_TEE: &str = "no pipe contents are moved or copied inside the kernel: EI
 
 /// The supported calls.
 pub const CALLS: &[Entry] = &[
-    Entry { number: linux::__NR_read, name: "read", handler: read, limits: "" },
-    Entry { number: linux::__NR_write, name: "write", handler: write, limits: "" },
-    Entry { number: linux::__NR_readv, name: "readv", handler: readv, limits: "" },
-    Entry { number: linux::__NR_writev, name: "writev", handler: writev, limits: "" },
-    Entry { number: linux::__NR_pread64, name: "pread64", handler: pread, limits: "" },
-    Entry { number: linux::__NR_pwrite64, name: "pwrite64", handler: pwrite, limits: "" },
-    Entry { number: linux::__NR_preadv, name: "preadv", handler: preadv, limits: "" },
-    Entry { number: linux::__NR_pwritev, name: "pwritev", handler: pwritev, limits: "" },
+    Entry {
+        number: linux::__NR_read,
+        name: "read",
+        handler: read,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_write,
+        name: "write",
+        handler: write,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_readv,
+        name: "readv",
+        handler: readv,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_writev,
+        name: "writev",
+        handler: writev,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_pread64,
+        name: "pread64",
+        handler: pread,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_pwrite64,
+        name: "pwrite64",
+        handler: pwrite,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_preadv,
+        name: "preadv",
+        handler: preadv,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_pwritev,
+        name: "pwritev",
+        handler: pwritev,
+        limits: "",
+    },
     Entry {
         number: linux::__NR_preadv2,
         name: "preadv2",
@@ -45,47 +85,162 @@ pub const CALLS: &[Entry] = &[
         handler: pwritev2,
         limits: "RWF_HIPRI and RWF_NOWAIT change nothing; newer flags give EOPNOTSUPP",
     },
-    Entry { number: linux::__NR_lseek, name: "lseek", handler: lseek, limits: "SEEK_DATA sees no holes" },
-    Entry { number: linux::__NR_sendfile, name: "sendfile", handler: sendfile, limits: "" },
-    Entry { number: linux::__NR_copy_file_range, name: "copy_file_range", handler: copy_file_range, limits: "" },
-    Entry { number: linux::__NR_splice, name: "splice", handler: splice, limits: NO_TEE },
-    Entry { number: linux::__NR_tee, name: "tee", handler: splice, limits: NO_TEE },
-    Entry { number: linux::__NR_close, name: "close", handler: close, limits: "" },
+    Entry {
+        number: linux::__NR_lseek,
+        name: "lseek",
+        handler: lseek,
+        limits: "SEEK_DATA sees no holes",
+    },
+    Entry {
+        number: linux::__NR_sendfile,
+        name: "sendfile",
+        handler: sendfile,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_copy_file_range,
+        name: "copy_file_range",
+        handler: copy_file_range,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_splice,
+        name: "splice",
+        handler: splice,
+        limits: NO_TEE,
+    },
+    Entry {
+        number: linux::__NR_tee,
+        name: "tee",
+        handler: splice,
+        limits: NO_TEE,
+    },
+    Entry {
+        number: linux::__NR_close,
+        name: "close",
+        handler: close,
+        limits: "",
+    },
     Entry {
         number: linux::__NR_close_range,
         name: "close_range",
         handler: close_range,
         limits: "CLOSE_RANGE_UNSHARE changes nothing: threads of a process share descriptors only with each other",
     },
-    Entry { number: linux::__NR_dup, name: "dup", handler: dup, limits: "" },
-    Entry { number: linux::__NR_dup2, name: "dup2", handler: dup2, limits: "" },
-    Entry { number: linux::__NR_dup3, name: "dup3", handler: dup3, limits: "" },
+    Entry {
+        number: linux::__NR_dup,
+        name: "dup",
+        handler: dup,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_dup2,
+        name: "dup2",
+        handler: dup2,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_dup3,
+        name: "dup3",
+        handler: dup3,
+        limits: "",
+    },
     Entry {
         number: linux::__NR_fcntl,
         name: "fcntl",
         handler: fcntl,
         limits: "no leases, no directory notification, no signal-driven input",
     },
-    Entry { number: linux::__NR_flock, name: "flock", handler: flock, limits: "not seen by the host on volumes" },
-    Entry { number: linux::__NR_ioctl, name: "ioctl", handler: ioctl, limits: "requests of files and sockets only" },
-    Entry { number: linux::__NR_ftruncate, name: "ftruncate", handler: ftruncate, limits: "" },
+    Entry {
+        number: linux::__NR_flock,
+        name: "flock",
+        handler: flock,
+        limits: "not seen by the host on volumes",
+    },
+    Entry {
+        number: linux::__NR_ioctl,
+        name: "ioctl",
+        handler: ioctl,
+        limits: "requests of files and sockets only",
+    },
+    Entry {
+        number: linux::__NR_ftruncate,
+        name: "ftruncate",
+        handler: ftruncate,
+        limits: "",
+    },
     Entry {
         number: linux::__NR_fallocate,
         name: "fallocate",
         handler: fallocate,
         limits: "no collapsing, inserting or unsharing",
     },
-    Entry { number: linux::__NR_fsync, name: "fsync", handler: fsync, limits: "" },
-    Entry { number: linux::__NR_fdatasync, name: "fdatasync", handler: fdatasync, limits: "" },
-    Entry { number: linux::__NR_sync, name: "sync", handler: sync, limits: "" },
-    Entry { number: linux::__NR_syncfs, name: "syncfs", handler: syncfs, limits: "" },
-    Entry { number: linux::__NR_sync_file_range, name: "sync_file_range", handler: sync_file_range, limits: "" },
-    Entry { number: linux::__NR_fadvise64, name: "fadvise64", handler: fadvise, limits: "" },
-    Entry { number: linux::__NR_readahead, name: "readahead", handler: readahead, limits: "" },
-    Entry { number: linux::__NR_getdents, name: "getdents", handler: getdents, limits: "" },
-    Entry { number: linux::__NR_getdents64, name: "getdents64", handler: getdents64, limits: "" },
-    Entry { number: linux::__NR_pipe, name: "pipe", handler: pipe_call, limits: "" },
-    Entry { number: linux::__NR_pipe2, name: "pipe2", handler: pipe2, limits: "no packet mode (O_DIRECT)" },
+    Entry {
+        number: linux::__NR_fsync,
+        name: "fsync",
+        handler: fsync,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fdatasync,
+        name: "fdatasync",
+        handler: fdatasync,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_sync,
+        name: "sync",
+        handler: sync,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_syncfs,
+        name: "syncfs",
+        handler: syncfs,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_sync_file_range,
+        name: "sync_file_range",
+        handler: sync_file_range,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fadvise64,
+        name: "fadvise64",
+        handler: fadvise,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_readahead,
+        name: "readahead",
+        handler: readahead,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getdents,
+        name: "getdents",
+        handler: getdents,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getdents64,
+        name: "getdents64",
+        handler: getdents64,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_pipe,
+        name: "pipe",
+        handler: pipe_call,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_pipe2,
+        name: "pipe2",
+        handler: pipe2,
+        limits: "no packet mode (O_DIRECT)",
+    },
     Entry {
         number: linux::__NR_memfd_create,
         name: "memfd_create",
@@ -106,7 +261,9 @@ fn wait_for(
         Err(Errno::EAGAIN) if !file.is_non_blocking() && file.file.watch_list().is_some() => {
             let file = Arc::clone(&file.file);
             Outcome::wait(Restart::WithFlag, async move {
-                watch::retry(file, interest, attempt).await.map(|count| count as u64)
+                watch::retry(file, interest, attempt)
+                    .await
+                    .map(|count| count as u64)
             })
         }
         result => result.into(),
@@ -125,11 +282,16 @@ pub(super) use attempt;
 
 fn read(call: &mut Call<'_>) -> Outcome {
     let file = attempt!(call.process().file(call.int(0)));
-    let range = attempt!(UserRange::new(call.raw(1), call.raw(2).min(MAX_TRANSFER as u64)));
+    let range = attempt!(UserRange::new(
+        call.raw(1),
+        call.raw(2).min(MAX_TRANSFER as u64)
+    ));
     match file.read(&mut Sink::user(range)) {
         Err(Errno::EAGAIN) => {
             let again = Arc::clone(&file);
-            wait_for(&file, Readiness::READABLE, move || again.read(&mut Sink::user(range)))
+            wait_for(&file, Readiness::READABLE, move || {
+                again.read(&mut Sink::user(range))
+            })
         }
         result => result.into(),
     }
@@ -143,11 +305,17 @@ fn readv(call: &mut Call<'_>) -> Outcome {
 
 fn read_ranges(file: &Arc<OpenFile>, ranges: Vec<UserRange>) -> Outcome {
     let again = Arc::clone(file);
-    wait_for(file, Readiness::READABLE, move || again.read(&mut Sink::user_vector(&ranges)?))
+    wait_for(file, Readiness::READABLE, move || {
+        again.read(&mut Sink::user_vector(&ranges)?)
+    })
 }
 
 /// Writes all of a source: a blocking stream takes everything before the call ends, or until an error.
-fn write_source(thread: &Arc<Thread>, file: &Arc<OpenFile>, mut source: Source<'static>) -> Outcome {
+fn write_source(
+    thread: &Arc<Thread>,
+    file: &Arc<OpenFile>,
+    mut source: Source<'static>,
+) -> Outcome {
     let mut done = 0;
     let (thread, again) = (Arc::clone(thread), Arc::clone(file));
     let whole = !file.file.is_seekable() && !file.is_non_blocking();
@@ -174,11 +342,16 @@ fn write_source(thread: &Arc<Thread>, file: &Arc<OpenFile>, mut source: Source<'
 
 fn write(call: &mut Call<'_>) -> Outcome {
     let file = attempt!(call.process().file(call.int(0)));
-    let range = attempt!(UserRange::new(call.raw(1), call.raw(2).min(MAX_TRANSFER as u64)));
+    let range = attempt!(UserRange::new(
+        call.raw(1),
+        call.raw(2).min(MAX_TRANSFER as u64)
+    ));
     let mut source = Source::user(range);
     // Nearly always everything goes at once.
     match file.write(&mut source) {
-        Ok(count) if source.remaining() == 0 || file.file.is_seekable() || file.is_non_blocking() => {
+        Ok(count)
+            if source.remaining() == 0 || file.file.is_seekable() || file.is_non_blocking() =>
+        {
             Ok(count).into()
         }
         Ok(0) => Outcome::Done(Ok(0)),
@@ -192,12 +365,19 @@ fn write(call: &mut Call<'_>) -> Outcome {
     }
 }
 
-fn write_rest(thread: &Arc<Thread>, file: &Arc<OpenFile>, source: Source<'static>, before: usize) -> Outcome {
+fn write_rest(
+    thread: &Arc<Thread>,
+    file: &Arc<OpenFile>,
+    source: Source<'static>,
+    before: usize,
+) -> Outcome {
     match write_source(thread, file, source) {
         Outcome::Done(Ok(count)) => Outcome::Done(Ok(count + before as u64)),
         Outcome::Done(Err(_)) => Outcome::Done(Ok(before as u64)),
         Outcome::Wait(future, restart) => Outcome::wait(restart, async move {
-            Ok(future.await.map_or(before as u64, |count| count + before as u64))
+            Ok(future
+                .await
+                .map_or(before as u64, |count| count + before as u64))
         }),
         other => other,
     }
@@ -215,7 +395,11 @@ fn positioned(call: &Call<'_>, write: bool, position: i64) -> Result<(Arc<OpenFi
     let file = call.process().file(call.int(0))?;
     let position = u64::try_from(position).map_err(|_| Errno::EINVAL)?;
     let flags = file.flags();
-    if if write { !flags.writable() } else { !flags.readable() } {
+    if if write {
+        !flags.writable()
+    } else {
+        !flags.readable()
+    } {
         return Err(Errno::EBADF);
     }
     if !file.file.is_seekable() {
@@ -226,14 +410,27 @@ fn positioned(call: &Call<'_>, write: bool, position: i64) -> Result<(Arc<OpenFi
 
 fn pread(call: &mut Call<'_>) -> Outcome {
     let (file, position) = attempt!(positioned(call, false, call.raw(3).cast_signed()));
-    let range = attempt!(UserRange::new(call.raw(1), call.raw(2).min(MAX_TRANSFER as u64)));
+    let range = attempt!(UserRange::new(
+        call.raw(1),
+        call.raw(2).min(MAX_TRANSFER as u64)
+    ));
     file.file.read_at(position, &mut Sink::user(range)).into()
 }
 
 /// Writes at a position; `O_APPEND` wins over the position, as in Linux.
-fn write_at(file: &OpenFile, position: u64, source: &mut Source<'_>, append: bool, sync: bool) -> Result<usize> {
+fn write_at(
+    file: &OpenFile,
+    position: u64,
+    source: &mut Source<'_>,
+    append: bool,
+    sync: bool,
+) -> Result<usize> {
     let flags = file.flags();
-    let position = if append || flags.contains(OpenFlags::APPEND) { file.file.metadata()?.size } else { position };
+    let position = if append || flags.contains(OpenFlags::APPEND) {
+        file.file.metadata()?.size
+    } else {
+        position
+    };
     let count = file.file.write_at(position, source)?;
     if sync || flags.intersects(OpenFlags::DATA_SYNC) {
         file.file.synchronize(false)?;
@@ -243,7 +440,10 @@ fn write_at(file: &OpenFile, position: u64, source: &mut Source<'_>, append: boo
 
 fn pwrite(call: &mut Call<'_>) -> Outcome {
     let (file, position) = attempt!(positioned(call, true, call.raw(3).cast_signed()));
-    let range = attempt!(UserRange::new(call.raw(1), call.raw(2).min(MAX_TRANSFER as u64)));
+    let range = attempt!(UserRange::new(
+        call.raw(1),
+        call.raw(2).min(MAX_TRANSFER as u64)
+    ));
     write_at(&file, position, &mut Source::user(range), false, false).into()
 }
 
@@ -271,7 +471,11 @@ fn preadv2(call: &mut Call<'_>) -> Outcome {
     if call.unsigned(5) & !RWF_KNOWN != 0 {
         return Outcome::fail(Errno::EOPNOTSUPP);
     }
-    if call.raw(3).cast_signed() == -1 { readv(call) } else { preadv(call) }
+    if call.raw(3).cast_signed() == -1 {
+        readv(call)
+    } else {
+        preadv(call)
+    }
 }
 
 fn pwritev2(call: &mut Call<'_>) -> Outcome {
@@ -371,7 +575,9 @@ fn sendfile(call: &mut Call<'_>) -> Outcome {
                 break Ok(());
             }
             let position = start + done as u64;
-            match transfer(&from.file, position, count - done, &mut buffer, |source| target.write(source)) {
+            match transfer(&from.file, position, count - done, &mut buffer, |source| {
+                target.write(source)
+            }) {
                 Ok(0) => break Ok(()),
                 Ok(taken) => done += taken,
                 Err(Errno::EAGAIN) if blocking => return Err(Errno::EAGAIN),
@@ -401,7 +607,10 @@ fn copy_file_range(call: &mut Call<'_>) -> Outcome {
         if call.unsigned(5) != 0 {
             return Err(Errno::EINVAL);
         }
-        if !from.flags().readable() || !to.flags().writable() || to.flags().contains(OpenFlags::APPEND) {
+        if !from.flags().readable()
+            || !to.flags().writable()
+            || to.flags().contains(OpenFlags::APPEND)
+        {
             return Err(Errno::EBADF);
         }
         let (source, target) = (from.file.metadata()?, to.file.metadata()?);
@@ -418,7 +627,10 @@ fn copy_file_range(call: &mut Call<'_>) -> Outcome {
         let (read_from, write_to) = (start(&from, call.raw(1))?, start(&to, call.raw(3))?);
         let count = call.length(4).min(MAX_TRANSFER);
         let same = (source.device, source.inode) == (target.device, target.inode);
-        if same && read_from < write_to.saturating_add(count as u64) && write_to < read_from.saturating_add(count as u64) {
+        if same
+            && read_from < write_to.saturating_add(count as u64)
+            && write_to < read_from.saturating_add(count as u64)
+        {
             return Err(Errno::EINVAL);
         }
         let mut done = 0;
@@ -426,7 +638,13 @@ fn copy_file_range(call: &mut Call<'_>) -> Outcome {
         while done < count {
             let at = write_to + done as u64;
             let store = |source: &mut Source<'_>| to.file.write_at(at, source);
-            match transfer(&from.file, read_from + done as u64, count - done, &mut buffer, store) {
+            match transfer(
+                &from.file,
+                read_from + done as u64,
+                count - done,
+                &mut buffer,
+                store,
+            ) {
                 Ok(0) => break,
                 Ok(taken) => done += taken,
                 Err(error) if done == 0 => return Err(error),
@@ -461,10 +679,24 @@ pub(super) fn after_close(process: &Process, descriptor: Descriptor) -> Result<(
     {
         let identity = (metadata.device, metadata.inode);
         // Any descriptor's end releases the process's locks on the file: POSIX wants it so.
-        locks.release(identity, Owner::Process(process.id), Range { start: 0, end: u64::MAX });
+        locks.release(
+            identity,
+            Owner::Process(process.id),
+            Range {
+                start: 0,
+                end: u64::MAX,
+            },
+        );
         if Arc::strong_count(file) == 1 {
             let owner = Arc::as_ptr(file) as usize;
-            locks.release(identity, Owner::OpenFile(owner), Range { start: 0, end: u64::MAX });
+            locks.release(
+                identity,
+                Owner::OpenFile(owner),
+                Range {
+                    start: 0,
+                    end: u64::MAX,
+                },
+            );
             // Giving up a lock never fails.
             let _ = locks.set_whole(identity, owner, None);
         }
@@ -474,7 +706,9 @@ pub(super) fn after_close(process: &Process, descriptor: Descriptor) -> Result<(
 
 fn close(call: &mut Call<'_>) -> Outcome {
     let removed = call.process().files.lock().remove(call.int(0));
-    removed.and_then(|descriptor| after_close(call.process(), descriptor)).into()
+    removed
+        .and_then(|descriptor| after_close(call.process(), descriptor))
+        .into()
 }
 
 /// `CLOSE_RANGE_*`.
@@ -554,7 +788,11 @@ fn fcntl(call: &mut Call<'_>) -> Outcome {
     if file.flags().contains(OpenFlags::PATH)
         && !matches!(
             command,
-            linux::F_DUPFD | linux::F_DUPFD_CLOEXEC | linux::F_GETFD | linux::F_SETFD | linux::F_GETFL
+            linux::F_DUPFD
+                | linux::F_DUPFD_CLOEXEC
+                | linux::F_GETFD
+                | linux::F_SETFD
+                | linux::F_GETFL
         )
     {
         return Outcome::fail(Errno::EBADF);
@@ -562,17 +800,26 @@ fn fcntl(call: &mut Call<'_>) -> Outcome {
     match command {
         linux::F_DUPFD | linux::F_DUPFD_CLOEXEC => {
             let minimum = attempt!(usize::try_from(argument as i32).map_err(|_| Errno::EINVAL));
-            process.files.lock().insert_from(minimum, file, command == linux::F_DUPFD_CLOEXEC).into()
+            process
+                .files
+                .lock()
+                .insert_from(minimum, file, command == linux::F_DUPFD_CLOEXEC)
+                .into()
         }
         linux::F_GETFD => {
             let files = process.files.lock();
-            files.descriptor(number).map(|descriptor| u32::from(descriptor.close_on_exec)).into()
+            files
+                .descriptor(number)
+                .map(|descriptor| u32::from(descriptor.close_on_exec))
+                .into()
         }
         linux::F_SETFD => {
             let mut files = process.files.lock();
             files
                 .descriptor_mut(number)
-                .map(|descriptor| descriptor.close_on_exec = argument as u32 & linux::FD_CLOEXEC != 0)
+                .map(|descriptor| {
+                    descriptor.close_on_exec = argument as u32 & linux::FD_CLOEXEC != 0
+                })
                 .into()
         }
         linux::F_GETFL => Ok((file.flags() | OpenFlags::LARGE_FILE).bits()).into(),
@@ -588,7 +835,12 @@ fn fcntl(call: &mut Call<'_>) -> Outcome {
         linux::F_GETOWN => Outcome::Done(Ok(0)),
         linux::F_SETOWN => Outcome::Done(Ok(0)),
         linux::F_GETPIPE_SZ | linux::F_SETPIPE_SZ => {
-            let pipe = attempt!(file.file.as_any().downcast_ref::<PipeEnd>().ok_or(Errno::EBADF));
+            let pipe = attempt!(
+                file.file
+                    .as_any()
+                    .downcast_ref::<PipeEnd>()
+                    .ok_or(Errno::EBADF)
+            );
             if command == linux::F_GETPIPE_SZ {
                 Ok(pipe.capacity()).into()
             } else {
@@ -596,7 +848,10 @@ fn fcntl(call: &mut Call<'_>) -> Outcome {
             }
         }
         linux::F_GET_SEALS | linux::F_ADD_SEALS => {
-            let node = file.file.inode().and_then(|inode| inode.as_any().downcast_ref::<Node>());
+            let node = file
+                .file
+                .inode()
+                .and_then(|inode| inode.as_any().downcast_ref::<Node>());
             let node = attempt!(node.ok_or(Errno::EINVAL));
             if command == linux::F_GET_SEALS {
                 node.seals().into()
@@ -617,9 +872,17 @@ fn identity(file: &OpenFile) -> Result<FileIdentity> {
 }
 
 /// The lock that a `struct flock` describes; `None` to give up the range.
-fn read_lock(process: &Process, file: &OpenFile, command: u32, argument: u64) -> Result<(Option<Lock>, Owner, Range)> {
+fn read_lock(
+    process: &Process,
+    file: &OpenFile,
+    command: u32,
+    argument: u64,
+) -> Result<(Option<Lock>, Owner, Range)> {
     let request: linux::flock = user::read(argument)?;
-    let open_file_lock = matches!(command, linux::F_OFD_GETLK | linux::F_OFD_SETLK | linux::F_OFD_SETLKW);
+    let open_file_lock = matches!(
+        command,
+        linux::F_OFD_GETLK | linux::F_OFD_SETLK | linux::F_OFD_SETLKW
+    );
     if open_file_lock && request.l_pid != 0 {
         return Err(Errno::EINVAL);
     }
@@ -628,15 +891,35 @@ fn read_lock(process: &Process, file: &OpenFile, command: u32, argument: u64) ->
     } else {
         Owner::Process(process.id)
     };
-    let size = if request.l_whence as u32 == linux::SEEK_END { file.file.metadata()?.size } else { 0 };
-    let start = seek_position(request.l_whence as u32, request.l_start, file.position(), size)?;
+    let size = if request.l_whence as u32 == linux::SEEK_END {
+        file.file.metadata()?.size
+    } else {
+        0
+    };
+    let start = seek_position(
+        request.l_whence as u32,
+        request.l_start,
+        file.position(),
+        size,
+    )?;
     let range = match request.l_len {
-        0 => Range { start, end: u64::MAX },
+        0 => Range {
+            start,
+            end: u64::MAX,
+        },
         length if length > 0 => {
-            let end = start.checked_add_signed(length).filter(|&end| end <= i64::MAX as u64 + 1);
-            Range { start, end: end.ok_or(Errno::EOVERFLOW)? }
+            let end = start
+                .checked_add_signed(length)
+                .filter(|&end| end <= i64::MAX as u64 + 1);
+            Range {
+                start,
+                end: end.ok_or(Errno::EOVERFLOW)?,
+            }
         }
-        length => Range { start: start.checked_add_signed(length).ok_or(Errno::EINVAL)?, end: start },
+        length => Range {
+            start: start.checked_add_signed(length).ok_or(Errno::EINVAL)?,
+            end: start,
+        },
     };
     let exclusive = match request.l_type as u32 {
         linux::F_RDLCK => false,
@@ -644,7 +927,15 @@ fn read_lock(process: &Process, file: &OpenFile, command: u32, argument: u64) ->
         linux::F_UNLCK => return Ok((None, owner, range)),
         _ => return Err(Errno::EINVAL),
     };
-    Ok((Some(Lock { owner, range, exclusive }), owner, range))
+    Ok((
+        Some(Lock {
+            owner,
+            range,
+            exclusive,
+        }),
+        owner,
+        range,
+    ))
 }
 
 fn get_lock(process: &Process, file: &OpenFile, command: u32, argument: u64) -> Result<()> {
@@ -655,11 +946,18 @@ fn get_lock(process: &Process, file: &OpenFile, command: u32, argument: u64) -> 
     match conflict {
         None => answer.l_type = linux::F_UNLCK as i16,
         Some(other) => {
-            answer.l_type = (if other.exclusive { linux::F_WRLCK } else { linux::F_RDLCK }) as i16;
+            answer.l_type = (if other.exclusive {
+                linux::F_WRLCK
+            } else {
+                linux::F_RDLCK
+            }) as i16;
             answer.l_whence = linux::SEEK_SET as i16;
             answer.l_start = other.range.start.cast_signed();
-            answer.l_len =
-                if other.range.end == u64::MAX { 0 } else { (other.range.end - other.range.start).cast_signed() };
+            answer.l_len = if other.range.end == u64::MAX {
+                0
+            } else {
+                (other.range.end - other.range.start).cast_signed()
+            };
             answer.l_pid = match other.owner {
                 Owner::Process(id) => id.cast_signed(),
                 Owner::OpenFile(_) => -1,
@@ -670,7 +968,12 @@ fn get_lock(process: &Process, file: &OpenFile, command: u32, argument: u64) -> 
 }
 
 fn locks(process: &Process) -> Result<&Arc<LockTable>> {
-    process.kernel.files.get().map(|files| &files.locks).ok_or(Errno::ENOLCK)
+    process
+        .kernel
+        .files
+        .get()
+        .map(|files| &files.locks)
+        .ok_or(Errno::ENOLCK)
 }
 
 /// Lets a thread wait for the release of a lock.
@@ -694,12 +997,18 @@ impl File for LockQueue {
     }
 }
 
-fn take_lock(table: &Arc<LockTable>, wait: bool, mut attempt: impl FnMut() -> Tried + Send + Unpin + 'static) -> Outcome {
+fn take_lock(
+    table: &Arc<LockTable>,
+    wait: bool,
+    mut attempt: impl FnMut() -> Tried + Send + Unpin + 'static,
+) -> Outcome {
     match attempt() {
         Err(Errno::EAGAIN) if wait => {
             let queue: Arc<dyn File> = Arc::new(LockQueue(Arc::clone(table)));
             Outcome::wait(Restart::WithFlag, async move {
-                watch::retry(queue, Readiness::READABLE, attempt).await.map(|count| count as u64)
+                watch::retry(queue, Readiness::READABLE, attempt)
+                    .await
+                    .map(|count| count as u64)
             })
         }
         result => result.into(),
@@ -715,7 +1024,11 @@ fn set_lock(process: &Arc<Process>, file: &Arc<OpenFile>, command: u32, argument
         return Outcome::Done(Ok(0));
     };
     let flags = file.flags();
-    if if lock.exclusive { !flags.writable() } else { !flags.readable() } {
+    if if lock.exclusive {
+        !flags.writable()
+    } else {
+        !flags.readable()
+    } {
         return Outcome::fail(Errno::EBADF);
     }
     let wait = matches!(command, linux::F_SETLKW | linux::F_OFD_SETLKW);
@@ -740,7 +1053,9 @@ fn flock(call: &mut Call<'_>) -> Outcome {
     let table = Arc::clone(attempt!(locks(process)));
     let owner = Arc::as_ptr(&file) as usize;
     let setter = Arc::clone(&table);
-    take_lock(&table, operation & linux::LOCK_NB == 0, move || setter.set_whole(identity, owner, kind).map(|()| 0))
+    take_lock(&table, operation & linux::LOCK_NB == 0, move || {
+        setter.set_whole(identity, owner, kind).map(|()| 0)
+    })
 }
 
 fn ioctl(call: &mut Call<'_>) -> Outcome {
@@ -760,7 +1075,11 @@ fn ioctl(call: &mut Call<'_>) -> Outcome {
         }
         requests::FIONBIO | requests::FIOASYNC => {
             let on = attempt!(user::read::<i32>(argument)) != 0;
-            let flag = if request == requests::FIONBIO { OpenFlags::NON_BLOCKING } else { OpenFlags::ASYNC };
+            let flag = if request == requests::FIONBIO {
+                OpenFlags::NON_BLOCKING
+            } else {
+                OpenFlags::ASYNC
+            };
             let flags = file.flags();
             file.set_flags(if on { flags | flag } else { flags - flag });
             Outcome::Done(Ok(0))
@@ -770,7 +1089,10 @@ fn ioctl(call: &mut Call<'_>) -> Outcome {
             if metadata.kind != Kind::Regular {
                 return Outcome::fail(Errno::ENOTTY);
             }
-            let left = metadata.size.saturating_sub(file.position()).min(i32::MAX as u64) as i32;
+            let left = metadata
+                .size
+                .saturating_sub(file.position())
+                .min(i32::MAX as u64) as i32;
             user::write(argument, &left).into()
         }
         _ => file.file.ioctl(call.thread, request, argument).into(),
@@ -788,7 +1110,10 @@ fn ftruncate(call: &mut Call<'_>) -> Outcome {
         if !file.flags().writable() || inode.metadata()?.kind != Kind::Regular {
             return Err(Errno::EINVAL);
         }
-        inode.change(&crate::fs::MetadataChange { size: Some(size), ..Default::default() })
+        inode.change(&crate::fs::MetadataChange {
+            size: Some(size),
+            ..Default::default()
+        })
     })();
     result.into()
 }
@@ -804,7 +1129,11 @@ fn fallocate(call: &mut Call<'_>) -> Outcome {
         if length == 0 {
             return Err(Errno::EINVAL);
         }
-        let inode = file.file.inode().ok_or(if file.file.is_seekable() { Errno::ENODEV } else { Errno::ESPIPE })?;
+        let inode = file.file.inode().ok_or(if file.file.is_seekable() {
+            Errno::ENODEV
+        } else {
+            Errno::ESPIPE
+        })?;
         inode.allocate(call.unsigned(1), position, length)
     })();
     result.into()
@@ -863,7 +1192,11 @@ fn fadvise(call: &mut Call<'_>) -> Outcome {
         return Outcome::fail(Errno::ESPIPE);
     }
     // All file data is in memory already, or with the host: advice changes nothing, but bad advice is told.
-    if call.unsigned(3) > linux::POSIX_FADV_NOREUSE { Outcome::fail(Errno::EINVAL) } else { Outcome::Done(Ok(0)) }
+    if call.unsigned(3) > linux::POSIX_FADV_NOREUSE {
+        Outcome::fail(Errno::EINVAL)
+    } else {
+        Outcome::Done(Ok(0))
+    }
 }
 
 fn readahead(call: &mut Call<'_>) -> Outcome {
@@ -871,7 +1204,11 @@ fn readahead(call: &mut Call<'_>) -> Outcome {
     if !file.flags().readable() {
         return Outcome::fail(Errno::EBADF);
     }
-    if file.file.inode().is_none() { Outcome::fail(Errno::EINVAL) } else { Outcome::Done(Ok(0)) }
+    if file.file.inode().is_none() {
+        Outcome::fail(Errno::EINVAL)
+    } else {
+        Outcome::Done(Ok(0))
+    }
 }
 
 /// Entries asked of a file system at once.
@@ -897,7 +1234,8 @@ impl DirectoryWriter {
         let end = self.buffer.len() + length;
         self.buffer.extend_from_slice(&inode.to_ne_bytes());
         self.buffer.extend_from_slice(&next.to_ne_bytes());
-        self.buffer.extend_from_slice(&(length as u16).to_ne_bytes());
+        self.buffer
+            .extend_from_slice(&(length as u16).to_ne_bytes());
         if self.wide {
             self.buffer.push(kind.directory_type());
         }
@@ -917,7 +1255,11 @@ fn list(call: &Call<'_>, wide: bool) -> Result<usize> {
     if !file.flags().readable() {
         return Err(Errno::EBADF);
     }
-    let place = file.file.as_any().downcast_ref::<Place>().ok_or(Errno::ENOTDIR)?;
+    let place = file
+        .file
+        .as_any()
+        .downcast_ref::<Place>()
+        .ok_or(Errno::ENOTDIR)?;
     let location = place.location();
     let metadata = location.inode().metadata()?;
     if metadata.kind != Kind::Directory {
@@ -925,7 +1267,11 @@ fn list(call: &Call<'_>, wide: bool) -> Result<usize> {
     }
     let limit = (call.unsigned(2) as usize).min(1 << 20);
     let range = UserRange::new(call.raw(1), limit as u64)?;
-    let mut writer = DirectoryWriter { buffer: Vec::new(), limit, wide };
+    let mut writer = DirectoryWriter {
+        buffer: Vec::new(),
+        limit,
+        wide,
+    };
     let mut position = file.position();
     let mut full = false;
     while position < DOTS && !full {
@@ -979,7 +1325,13 @@ fn make_pipe(call: &Call<'_>, flags: u32) -> Result<()> {
     let status = OpenFlags::from_bits_truncate(flags & linux::O_NONBLOCK);
     let reader = OpenFile::new(reader, status);
     let writer = OpenFile::new(writer, status | OpenFlags::WRITE_ONLY);
-    insert_pair(&call.process().files, reader, writer, flags & linux::O_CLOEXEC != 0, call.raw(0))
+    insert_pair(
+        &call.process().files,
+        reader,
+        writer,
+        flags & linux::O_CLOEXEC != 0,
+        call.raw(0),
+    )
 }
 
 /// Gives two open files descriptors and writes the numbers to the program; or does nothing at all.
@@ -1011,14 +1363,18 @@ fn pipe2(call: &mut Call<'_>) -> Outcome {
 }
 
 fn memfd_create(call: &mut Call<'_>) -> Outcome {
-    const KNOWN: u32 = linux::MFD_CLOEXEC | linux::MFD_ALLOW_SEALING | linux::MFD_NOEXEC_SEAL | linux::MFD_EXEC;
+    const KNOWN: u32 =
+        linux::MFD_CLOEXEC | linux::MFD_ALLOW_SEALING | linux::MFD_NOEXEC_SEAL | linux::MFD_EXEC;
     let result = (|| {
         let flags = call.unsigned(1);
         let name = user::read_c_string(call.raw(0), 250).map_err(|error| match error {
             Errno::ENAMETOOLONG => Errno::EINVAL,
             error => error,
         })?;
-        if flags & !KNOWN != 0 || flags & (linux::MFD_NOEXEC_SEAL | linux::MFD_EXEC) == linux::MFD_NOEXEC_SEAL | linux::MFD_EXEC {
+        if flags & !KNOWN != 0
+            || flags & (linux::MFD_NOEXEC_SEAL | linux::MFD_EXEC)
+                == linux::MFD_NOEXEC_SEAL | linux::MFD_EXEC
+        {
             return Err(Errno::EINVAL);
         }
         let files = call.kernel().files.get().ok_or(Errno::ENOMEM)?;
@@ -1031,10 +1387,18 @@ fn memfd_create(call: &mut Call<'_>) -> Outcome {
             flags & (linux::MFD_ALLOW_SEALING | linux::MFD_NOEXEC_SEAL) != 0,
         )
         .ok_or(Errno::ENOMEM)?;
-        let path = alloc::format!("/memfd:{} (deleted)", alloc::string::String::from_utf8_lossy(&name));
+        let path = alloc::format!(
+            "/memfd:{} (deleted)",
+            alloc::string::String::from_utf8_lossy(&name)
+        );
         let flags_open = OpenFlags::READ_WRITE | OpenFlags::LARGE_FILE;
-        let file = OpenFile::with_path(crate::fs::regular::RegularFile::open(node), flags_open, Some(path));
-        call.process().add_file(file, flags & linux::MFD_CLOEXEC != 0)
+        let file = OpenFile::with_path(
+            crate::fs::regular::RegularFile::open(node),
+            flags_open,
+            Some(path),
+        );
+        call.process()
+            .add_file(file, flags & linux::MFD_CLOEXEC != 0)
     })();
     result.into()
 }

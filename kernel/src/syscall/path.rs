@@ -22,68 +22,378 @@ const NO_ATTRIBUTES: &str = "file systems without extended attributes: EOPNOTSUP
 
 /// The supported calls.
 pub const CALLS: &[Entry] = &[
-    Entry { number: linux::__NR_open, name: "open", handler: open, limits: "" },
-    Entry { number: linux::__NR_openat, name: "openat", handler: openat, limits: "" },
-    Entry { number: linux::__NR_openat2, name: "openat2", handler: openat2, limits: "" },
-    Entry { number: linux::__NR_creat, name: "creat", handler: creat, limits: "" },
-    Entry { number: linux::__NR_stat, name: "stat", handler: stat, limits: "" },
-    Entry { number: linux::__NR_lstat, name: "lstat", handler: lstat, limits: "" },
-    Entry { number: linux::__NR_fstat, name: "fstat", handler: fstat, limits: "" },
-    Entry { number: linux::__NR_newfstatat, name: "newfstatat", handler: newfstatat, limits: "" },
-    Entry { number: linux::__NR_statx, name: "statx", handler: statx, limits: "" },
-    Entry { number: linux::__NR_statfs, name: "statfs", handler: statfs, limits: "" },
-    Entry { number: linux::__NR_fstatfs, name: "fstatfs", handler: fstatfs, limits: "" },
-    Entry { number: linux::__NR_access, name: "access", handler: access, limits: "" },
-    Entry { number: linux::__NR_faccessat, name: "faccessat", handler: faccessat, limits: "" },
-    Entry { number: linux::__NR_faccessat2, name: "faccessat2", handler: faccessat2, limits: "" },
-    Entry { number: linux::__NR_getcwd, name: "getcwd", handler: getcwd, limits: "" },
-    Entry { number: linux::__NR_chdir, name: "chdir", handler: chdir, limits: "" },
-    Entry { number: linux::__NR_fchdir, name: "fchdir", handler: fchdir, limits: "" },
-    Entry { number: linux::__NR_chroot, name: "chroot", handler: chroot, limits: "" },
-    Entry { number: linux::__NR_mkdir, name: "mkdir", handler: mkdir, limits: "" },
-    Entry { number: linux::__NR_mkdirat, name: "mkdirat", handler: mkdirat, limits: "" },
-    Entry { number: linux::__NR_mknod, name: "mknod", handler: mknod, limits: "" },
-    Entry { number: linux::__NR_mknodat, name: "mknodat", handler: mknodat, limits: "" },
-    Entry { number: linux::__NR_rmdir, name: "rmdir", handler: rmdir, limits: "" },
-    Entry { number: linux::__NR_unlink, name: "unlink", handler: unlink, limits: "" },
-    Entry { number: linux::__NR_unlinkat, name: "unlinkat", handler: unlinkat, limits: "" },
-    Entry { number: linux::__NR_rename, name: "rename", handler: rename, limits: "" },
-    Entry { number: linux::__NR_renameat, name: "renameat", handler: renameat, limits: "" },
-    Entry { number: linux::__NR_renameat2, name: "renameat2", handler: renameat2, limits: "no RENAME_WHITEOUT" },
-    Entry { number: linux::__NR_link, name: "link", handler: link, limits: "" },
-    Entry { number: linux::__NR_linkat, name: "linkat", handler: linkat, limits: "" },
-    Entry { number: linux::__NR_symlink, name: "symlink", handler: symlink, limits: "" },
-    Entry { number: linux::__NR_symlinkat, name: "symlinkat", handler: symlinkat, limits: "" },
-    Entry { number: linux::__NR_readlink, name: "readlink", handler: readlink, limits: "" },
-    Entry { number: linux::__NR_readlinkat, name: "readlinkat", handler: readlinkat, limits: "" },
-    Entry { number: linux::__NR_chmod, name: "chmod", handler: chmod, limits: "" },
-    Entry { number: linux::__NR_fchmod, name: "fchmod", handler: fchmod, limits: "" },
-    Entry { number: linux::__NR_fchmodat, name: "fchmodat", handler: fchmodat, limits: "" },
-    Entry { number: linux::__NR_fchmodat2, name: "fchmodat2", handler: fchmodat2, limits: "" },
-    Entry { number: linux::__NR_chown, name: "chown", handler: chown, limits: "" },
-    Entry { number: linux::__NR_fchown, name: "fchown", handler: fchown, limits: "" },
-    Entry { number: linux::__NR_lchown, name: "lchown", handler: lchown, limits: "" },
-    Entry { number: linux::__NR_fchownat, name: "fchownat", handler: fchownat, limits: "" },
-    Entry { number: linux::__NR_utime, name: "utime", handler: utime, limits: "" },
-    Entry { number: linux::__NR_utimes, name: "utimes", handler: utimes, limits: "" },
-    Entry { number: linux::__NR_futimesat, name: "futimesat", handler: futimesat, limits: "" },
-    Entry { number: linux::__NR_utimensat, name: "utimensat", handler: utimensat, limits: "" },
-    Entry { number: linux::__NR_truncate, name: "truncate", handler: truncate, limits: "" },
-    Entry { number: linux::__NR_umask, name: "umask", handler: umask, limits: "" },
-    Entry { number: linux::__NR_mount, name: "mount", handler: not_permitted, limits: NO_MOUNTS },
-    Entry { number: linux::__NR_umount2, name: "umount2", handler: not_permitted, limits: NO_MOUNTS },
-    Entry { number: linux::__NR_getxattr, name: "getxattr", handler: getxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_lgetxattr, name: "lgetxattr", handler: lgetxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_fgetxattr, name: "fgetxattr", handler: fgetxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_listxattr, name: "listxattr", handler: listxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_llistxattr, name: "llistxattr", handler: llistxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_flistxattr, name: "flistxattr", handler: flistxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_setxattr, name: "setxattr", handler: setxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_lsetxattr, name: "lsetxattr", handler: setxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_fsetxattr, name: "fsetxattr", handler: fsetxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_removexattr, name: "removexattr", handler: setxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_lremovexattr, name: "lremovexattr", handler: setxattr, limits: NO_ATTRIBUTES },
-    Entry { number: linux::__NR_fremovexattr, name: "fremovexattr", handler: fsetxattr, limits: NO_ATTRIBUTES },
+    Entry {
+        number: linux::__NR_open,
+        name: "open",
+        handler: open,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_openat,
+        name: "openat",
+        handler: openat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_openat2,
+        name: "openat2",
+        handler: openat2,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_creat,
+        name: "creat",
+        handler: creat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_stat,
+        name: "stat",
+        handler: stat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_lstat,
+        name: "lstat",
+        handler: lstat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fstat,
+        name: "fstat",
+        handler: fstat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_newfstatat,
+        name: "newfstatat",
+        handler: newfstatat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_statx,
+        name: "statx",
+        handler: statx,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_statfs,
+        name: "statfs",
+        handler: statfs,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fstatfs,
+        name: "fstatfs",
+        handler: fstatfs,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_access,
+        name: "access",
+        handler: access,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_faccessat,
+        name: "faccessat",
+        handler: faccessat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_faccessat2,
+        name: "faccessat2",
+        handler: faccessat2,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getcwd,
+        name: "getcwd",
+        handler: getcwd,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_chdir,
+        name: "chdir",
+        handler: chdir,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fchdir,
+        name: "fchdir",
+        handler: fchdir,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_chroot,
+        name: "chroot",
+        handler: chroot,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_mkdir,
+        name: "mkdir",
+        handler: mkdir,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_mkdirat,
+        name: "mkdirat",
+        handler: mkdirat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_mknod,
+        name: "mknod",
+        handler: mknod,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_mknodat,
+        name: "mknodat",
+        handler: mknodat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_rmdir,
+        name: "rmdir",
+        handler: rmdir,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_unlink,
+        name: "unlink",
+        handler: unlink,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_unlinkat,
+        name: "unlinkat",
+        handler: unlinkat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_rename,
+        name: "rename",
+        handler: rename,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_renameat,
+        name: "renameat",
+        handler: renameat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_renameat2,
+        name: "renameat2",
+        handler: renameat2,
+        limits: "no RENAME_WHITEOUT",
+    },
+    Entry {
+        number: linux::__NR_link,
+        name: "link",
+        handler: link,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_linkat,
+        name: "linkat",
+        handler: linkat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_symlink,
+        name: "symlink",
+        handler: symlink,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_symlinkat,
+        name: "symlinkat",
+        handler: symlinkat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_readlink,
+        name: "readlink",
+        handler: readlink,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_readlinkat,
+        name: "readlinkat",
+        handler: readlinkat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_chmod,
+        name: "chmod",
+        handler: chmod,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fchmod,
+        name: "fchmod",
+        handler: fchmod,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fchmodat,
+        name: "fchmodat",
+        handler: fchmodat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fchmodat2,
+        name: "fchmodat2",
+        handler: fchmodat2,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_chown,
+        name: "chown",
+        handler: chown,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fchown,
+        name: "fchown",
+        handler: fchown,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_lchown,
+        name: "lchown",
+        handler: lchown,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_fchownat,
+        name: "fchownat",
+        handler: fchownat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_utime,
+        name: "utime",
+        handler: utime,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_utimes,
+        name: "utimes",
+        handler: utimes,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_futimesat,
+        name: "futimesat",
+        handler: futimesat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_utimensat,
+        name: "utimensat",
+        handler: utimensat,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_truncate,
+        name: "truncate",
+        handler: truncate,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_umask,
+        name: "umask",
+        handler: umask,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_mount,
+        name: "mount",
+        handler: not_permitted,
+        limits: NO_MOUNTS,
+    },
+    Entry {
+        number: linux::__NR_umount2,
+        name: "umount2",
+        handler: not_permitted,
+        limits: NO_MOUNTS,
+    },
+    Entry {
+        number: linux::__NR_getxattr,
+        name: "getxattr",
+        handler: getxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_lgetxattr,
+        name: "lgetxattr",
+        handler: lgetxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_fgetxattr,
+        name: "fgetxattr",
+        handler: fgetxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_listxattr,
+        name: "listxattr",
+        handler: listxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_llistxattr,
+        name: "llistxattr",
+        handler: llistxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_flistxattr,
+        name: "flistxattr",
+        handler: flistxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_setxattr,
+        name: "setxattr",
+        handler: setxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_lsetxattr,
+        name: "lsetxattr",
+        handler: setxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_fsetxattr,
+        name: "fsetxattr",
+        handler: fsetxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_removexattr,
+        name: "removexattr",
+        handler: setxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_lremovexattr,
+        name: "lremovexattr",
+        handler: setxattr,
+        limits: NO_ATTRIBUTES,
+    },
+    Entry {
+        number: linux::__NR_fremovexattr,
+        name: "fremovexattr",
+        handler: fsetxattr,
+        limits: NO_ATTRIBUTES,
+    },
 ];
 
 /// What paths mean to the calling thread.
@@ -106,7 +416,11 @@ pub fn view(call: &Call<'_>) -> View {
 
 fn place_of(process: &Process, descriptor: i32) -> Result<Location> {
     let file = process.file(descriptor)?;
-    let place = file.file.as_any().downcast_ref::<Place>().ok_or(Errno::ENOTDIR)?;
+    let place = file
+        .file
+        .as_any()
+        .downcast_ref::<Place>()
+        .ok_or(Errno::ENOTDIR)?;
     Ok(place.location().clone())
 }
 
@@ -116,7 +430,11 @@ fn base(process: &Process, view: &View, directory: i32, path: &str) -> Result<Lo
         return Ok(view.working_directory.clone());
     }
     let location = place_of(process, directory)?;
-    if location.inode().metadata()?.kind == Kind::Directory { Ok(location) } else { Err(Errno::ENOTDIR) }
+    if location.inode().metadata()?.kind == Kind::Directory {
+        Ok(location)
+    } else {
+        Err(Errno::ENOTDIR)
+    }
 }
 
 /// A file that a call names: by descriptor, or by path.
@@ -149,24 +467,38 @@ impl Named {
 }
 
 fn resolve_flag(flags: u32) -> Resolve {
-    if flags & linux::AT_SYMLINK_NOFOLLOW != 0 { Resolve::empty() } else { Resolve::FOLLOW }
+    if flags & linux::AT_SYMLINK_NOFOLLOW != 0 {
+        Resolve::empty()
+    } else {
+        Resolve::FOLLOW
+    }
 }
 
 /// Finds the file that a directory, a path and `AT_*` flags name.
 fn named(call: &Call<'_>, directory: i32, path: u64, flags: u32) -> Result<Named> {
     // An address of nothing with AT_EMPTY_PATH means the descriptor too (since Linux 6.11).
-    let path = if path == 0 && flags & linux::AT_EMPTY_PATH != 0 { String::new() } else { user::read_path(path)? };
+    let path = if path == 0 && flags & linux::AT_EMPTY_PATH != 0 {
+        String::new()
+    } else {
+        user::read_path(path)?
+    };
     if path.is_empty() && flags & linux::AT_EMPTY_PATH != 0 {
         if directory != linux::AT_FDCWD {
             return Ok(Named::File(call.process().file(directory)?));
         }
         let place = call.process().file_system.lock().working_directory.clone();
-        return Ok(Named::Found(Arc::clone(place.inode()), Arc::clone(place.mount())));
+        return Ok(Named::Found(
+            Arc::clone(place.inode()),
+            Arc::clone(place.mount()),
+        ));
     }
     let view = view(call);
     let base = base(call.process(), &view, directory, &path)?;
     let walk = view.find(&base, &path, resolve_flag(flags))?;
-    Ok(Named::Found(Arc::clone(walk.inode()), Arc::clone(walk.mount())))
+    Ok(Named::Found(
+        Arc::clone(walk.inode()),
+        Arc::clone(walk.mount()),
+    ))
 }
 
 /// Changes attributes of a named file.
@@ -189,11 +521,20 @@ fn change(call: &Call<'_>, named: &Named, change: &MetadataChange) -> Result<()>
 
 const OPEN_FLAGS: u32 = OpenFlags::all().bits();
 
-fn open_path(call: &Call<'_>, directory: i32, path: u64, flags: u32, mode: u32, resolve: Resolve) -> Outcome {
+fn open_path(
+    call: &Call<'_>,
+    directory: i32,
+    path: u64,
+    flags: u32,
+    mode: u32,
+    resolve: Resolve,
+) -> Outcome {
     let flags = OpenFlags::from_bits_truncate(flags);
     let path = attempt!(user::read_path(path));
     let view = view(call);
-    let base = if resolve.intersects(Resolve::BENEATH | Resolve::IN_ROOT) && directory != linux::AT_FDCWD {
+    let base = if resolve.intersects(Resolve::BENEATH | Resolve::IN_ROOT)
+        && directory != linux::AT_FDCWD
+    {
         attempt!(place_of(call.process(), directory))
     } else {
         attempt!(base(call.process(), &view, directory, &path))
@@ -220,21 +561,44 @@ fn wait_for_peer(process: Arc<Process>, file: Arc<OpenFile>, close_on_exec: bool
         };
         let interest = Readiness::READABLE | Readiness::WRITABLE;
         watch::retry(Arc::clone(&file.file), interest, come).await?;
-        process.add_file(file, close_on_exec).map(|number| number as u64)
+        process
+            .add_file(file, close_on_exec)
+            .map(|number| number as u64)
     })
 }
 
 fn open(call: &mut Call<'_>) -> Outcome {
-    open_path(call, linux::AT_FDCWD, call.raw(0), call.unsigned(1), call.unsigned(2), Resolve::empty())
+    open_path(
+        call,
+        linux::AT_FDCWD,
+        call.raw(0),
+        call.unsigned(1),
+        call.unsigned(2),
+        Resolve::empty(),
+    )
 }
 
 fn openat(call: &mut Call<'_>) -> Outcome {
-    open_path(call, call.int(0), call.raw(1), call.unsigned(2), call.unsigned(3), Resolve::empty())
+    open_path(
+        call,
+        call.int(0),
+        call.raw(1),
+        call.unsigned(2),
+        call.unsigned(3),
+        Resolve::empty(),
+    )
 }
 
 fn creat(call: &mut Call<'_>) -> Outcome {
     let flags = linux::O_CREAT | linux::O_WRONLY | linux::O_TRUNC;
-    open_path(call, linux::AT_FDCWD, call.raw(0), flags, call.unsigned(1), Resolve::empty())
+    open_path(
+        call,
+        linux::AT_FDCWD,
+        call.raw(0),
+        flags,
+        call.unsigned(1),
+        Resolve::empty(),
+    )
 }
 
 fn openat2(call: &mut Call<'_>) -> Outcome {
@@ -247,7 +611,11 @@ fn openat2(call: &mut Call<'_>) -> Outcome {
     }
     let bytes = attempt!(user::read_bytes(call.raw(2), size));
     let how = attempt!(user::from_bytes::<linux::open_how>(&bytes).ok_or(Errno::EINVAL));
-    if bytes.iter().skip(core::mem::size_of::<linux::open_how>()).any(|&byte| byte != 0) {
+    if bytes
+        .iter()
+        .skip(core::mem::size_of::<linux::open_how>())
+        .any(|&byte| byte != 0)
+    {
         return Outcome::fail(Errno::E2BIG);
     }
     let flags = attempt!(u32::try_from(how.flags).map_err(|_| Errno::EINVAL));
@@ -270,15 +638,26 @@ fn openat2(call: &mut Call<'_>) -> Outcome {
             rest &= !bit;
         }
     }
-    if rest != 0 || how.resolve >> 32 != 0 || resolve.contains(Resolve::BENEATH | Resolve::IN_ROOT) {
+    if rest != 0 || how.resolve >> 32 != 0 || resolve.contains(Resolve::BENEATH | Resolve::IN_ROOT)
+    {
         return Outcome::fail(Errno::EINVAL);
     }
-    open_path(call, call.int(0), call.raw(1), flags, how.mode as u32, resolve)
+    open_path(
+        call,
+        call.int(0),
+        call.raw(1),
+        flags,
+        how.mode as u32,
+        resolve,
+    )
 }
 
 fn seconds(time: Timestamp) -> (u64, u64) {
     let second = Timestamp::from(SECOND);
-    (time.div_euclid(second) as u64, time.rem_euclid(second) as u64)
+    (
+        time.div_euclid(second) as u64,
+        time.rem_euclid(second) as u64,
+    )
 }
 
 fn write_stat(address: u64, metadata: &Metadata) -> Result<()> {
@@ -308,12 +687,22 @@ fn stat(call: &mut Call<'_>) -> Outcome {
 }
 
 fn lstat(call: &mut Call<'_>) -> Outcome {
-    stat_path(call, linux::AT_FDCWD, call.raw(0), linux::AT_SYMLINK_NOFOLLOW, call.raw(1)).into()
+    stat_path(
+        call,
+        linux::AT_FDCWD,
+        call.raw(0),
+        linux::AT_SYMLINK_NOFOLLOW,
+        call.raw(1),
+    )
+    .into()
 }
 
 fn fstat(call: &mut Call<'_>) -> Outcome {
     let file = attempt!(call.process().file(call.int(0)));
-    file.file.metadata().and_then(|metadata| write_stat(call.raw(1), &metadata)).into()
+    file.file
+        .metadata()
+        .and_then(|metadata| write_stat(call.raw(1), &metadata))
+        .into()
 }
 
 const STAT_FLAGS: u32 = linux::AT_SYMLINK_NOFOLLOW | linux::AT_EMPTY_PATH | linux::AT_NO_AUTOMOUNT;
@@ -329,7 +718,9 @@ fn newfstatat(call: &mut Call<'_>) -> Outcome {
 fn statx(call: &mut Call<'_>) -> Outcome {
     let result = (|| {
         let (flags, mask) = (call.unsigned(2), call.unsigned(3));
-        if flags & !(STAT_FLAGS | linux::AT_STATX_SYNC_TYPE) != 0 || mask & linux::STATX__RESERVED != 0 {
+        if flags & !(STAT_FLAGS | linux::AT_STATX_SYNC_TYPE) != 0
+            || mask & linux::STATX__RESERVED != 0
+        {
             return Err(Errno::EINVAL);
         }
         let named = named(call, call.int(0), call.raw(1), flags)?;
@@ -427,7 +818,10 @@ fn check_access(call: &Call<'_>, directory: i32, path: u64, mode: u32, flags: u3
     if mode & WRITE != 0
         && let Named::Found(_, mount) = &named
         && mount.read_only
-        && matches!(metadata.kind, Kind::Regular | Kind::Directory | Kind::SymbolicLink)
+        && matches!(
+            metadata.kind,
+            Kind::Regular | Kind::Directory | Kind::SymbolicLink
+        )
     {
         return Err(Errno::EROFS);
     }
@@ -443,7 +837,14 @@ fn faccessat(call: &mut Call<'_>) -> Outcome {
 }
 
 fn faccessat2(call: &mut Call<'_>) -> Outcome {
-    check_access(call, call.int(0), call.raw(1), call.unsigned(2), call.unsigned(3)).into()
+    check_access(
+        call,
+        call.int(0),
+        call.raw(1),
+        call.unsigned(2),
+        call.unsigned(3),
+    )
+    .into()
 }
 
 fn getcwd(call: &mut Call<'_>) -> Outcome {
@@ -504,7 +905,12 @@ fn chdir(call: &mut Call<'_>) -> Outcome {
 
 fn fchdir(call: &mut Call<'_>) -> Outcome {
     let place = attempt!(place_of(call.process(), call.int(0)));
-    attempt!(place.inode().metadata().and_then(|metadata| enterable(&view(call), &metadata)));
+    attempt!(
+        place
+            .inode()
+            .metadata()
+            .and_then(|metadata| enterable(&view(call), &metadata))
+    );
     call.process().file_system.lock().working_directory = place;
     Outcome::Done(Ok(0))
 }
@@ -518,19 +924,46 @@ fn chroot(call: &mut Call<'_>) -> Outcome {
     Outcome::Done(Ok(0))
 }
 
-fn make(call: &Call<'_>, directory: i32, path: u64, kind: Kind, mode: u32, target: &str, device: u64) -> Result<()> {
+fn make(
+    call: &Call<'_>,
+    directory: i32,
+    path: u64,
+    kind: Kind,
+    mode: u32,
+    target: &str,
+    device: u64,
+) -> Result<()> {
     let path = user::read_path(path)?;
     let view = view(call);
     let base = base(call.process(), &view, directory, &path)?;
-    view.create(&base, &path, kind, mode, target, device).map(drop)
+    view.create(&base, &path, kind, mode, target, device)
+        .map(drop)
 }
 
 fn mkdir(call: &mut Call<'_>) -> Outcome {
-    make(call, linux::AT_FDCWD, call.raw(0), Kind::Directory, call.unsigned(1) & 0o1777, "", 0).into()
+    make(
+        call,
+        linux::AT_FDCWD,
+        call.raw(0),
+        Kind::Directory,
+        call.unsigned(1) & 0o1777,
+        "",
+        0,
+    )
+    .into()
 }
 
 fn mkdirat(call: &mut Call<'_>) -> Outcome {
-    make(call, call.int(0), call.raw(1), Kind::Directory, call.unsigned(2) & 0o1777, "", 0).into()
+    make(
+        call,
+        call.int(0),
+        call.raw(1),
+        Kind::Directory,
+        call.unsigned(2) & 0o1777,
+        "",
+        0,
+    )
+    .into()
 }
 
 fn make_node(call: &Call<'_>, directory: i32, path: u64, mode: u32, device: u64) -> Result<()> {
@@ -550,11 +983,25 @@ fn make_node(call: &Call<'_>, directory: i32, path: u64, mode: u32, device: u64)
 }
 
 fn mknod(call: &mut Call<'_>) -> Outcome {
-    make_node(call, linux::AT_FDCWD, call.raw(0), call.unsigned(1), u64::from(call.unsigned(2))).into()
+    make_node(
+        call,
+        linux::AT_FDCWD,
+        call.raw(0),
+        call.unsigned(1),
+        u64::from(call.unsigned(2)),
+    )
+    .into()
 }
 
 fn mknodat(call: &mut Call<'_>) -> Outcome {
-    make_node(call, call.int(0), call.raw(1), call.unsigned(2), u64::from(call.unsigned(3))).into()
+    make_node(
+        call,
+        call.int(0),
+        call.raw(1),
+        call.unsigned(2),
+        u64::from(call.unsigned(3)),
+    )
+    .into()
 }
 
 fn make_link(call: &Call<'_>, target: u64, directory: i32, path: u64) -> Result<()> {
@@ -605,15 +1052,33 @@ fn move_name(call: &Call<'_>, old: (i32, u64), new: (i32, u64), flags: u32) -> R
 }
 
 fn rename(call: &mut Call<'_>) -> Outcome {
-    move_name(call, (linux::AT_FDCWD, call.raw(0)), (linux::AT_FDCWD, call.raw(1)), 0).into()
+    move_name(
+        call,
+        (linux::AT_FDCWD, call.raw(0)),
+        (linux::AT_FDCWD, call.raw(1)),
+        0,
+    )
+    .into()
 }
 
 fn renameat(call: &mut Call<'_>) -> Outcome {
-    move_name(call, (call.int(0), call.raw(1)), (call.int(2), call.raw(3)), 0).into()
+    move_name(
+        call,
+        (call.int(0), call.raw(1)),
+        (call.int(2), call.raw(3)),
+        0,
+    )
+    .into()
 }
 
 fn renameat2(call: &mut Call<'_>) -> Outcome {
-    move_name(call, (call.int(0), call.raw(1)), (call.int(2), call.raw(3)), call.unsigned(4)).into()
+    move_name(
+        call,
+        (call.int(0), call.raw(1)),
+        (call.int(2), call.raw(3)),
+        call.unsigned(4),
+    )
+    .into()
 }
 
 fn add_name(call: &Call<'_>, old: (i32, u64), new: (i32, u64), flags: u32) -> Result<()> {
@@ -623,7 +1088,11 @@ fn add_name(call: &Call<'_>, old: (i32, u64), new: (i32, u64), flags: u32) -> Re
     let (old_path, new_path) = (user::read_path(old.1)?, user::read_path(new.1)?);
     let view = view(call);
     let new_base = base(call.process(), &view, new.0, &new_path)?;
-    let follow = if flags & linux::AT_SYMLINK_FOLLOW != 0 { Resolve::FOLLOW } else { Resolve::empty() };
+    let follow = if flags & linux::AT_SYMLINK_FOLLOW != 0 {
+        Resolve::FOLLOW
+    } else {
+        Resolve::empty()
+    };
     if old_path.is_empty() && flags & linux::AT_EMPTY_PATH != 0 {
         // A file without a name gets one: what O_TMPFILE is made for.
         let file = call.process().file(old.0)?;
@@ -640,24 +1109,45 @@ fn add_name(call: &Call<'_>, old: (i32, u64), new: (i32, u64), flags: u32) -> Re
 }
 
 fn link(call: &mut Call<'_>) -> Outcome {
-    add_name(call, (linux::AT_FDCWD, call.raw(0)), (linux::AT_FDCWD, call.raw(1)), 0).into()
+    add_name(
+        call,
+        (linux::AT_FDCWD, call.raw(0)),
+        (linux::AT_FDCWD, call.raw(1)),
+        0,
+    )
+    .into()
 }
 
 fn linkat(call: &mut Call<'_>) -> Outcome {
-    add_name(call, (call.int(0), call.raw(1)), (call.int(2), call.raw(3)), call.unsigned(4)).into()
+    add_name(
+        call,
+        (call.int(0), call.raw(1)),
+        (call.int(2), call.raw(3)),
+        call.unsigned(4),
+    )
+    .into()
 }
 
 fn read_link(call: &Call<'_>, directory: i32, path: u64, buffer: u64, size: i32) -> Result<usize> {
-    let size = usize::try_from(size).ok().filter(|&size| size > 0).ok_or(Errno::EINVAL)?;
+    let size = usize::try_from(size)
+        .ok()
+        .filter(|&size| size > 0)
+        .ok_or(Errno::EINVAL)?;
     let path = user::read_path(path)?;
     let target = if path.is_empty() && directory != linux::AT_FDCWD {
         let file = call.process().file(directory)?;
-        let inode = file.file.inode().filter(|inode| inode.is_symbolic_link()).ok_or(Errno::ENOENT)?;
+        let inode = file
+            .file
+            .inode()
+            .filter(|inode| inode.is_symbolic_link())
+            .ok_or(Errno::ENOENT)?;
         inode.target()?
     } else {
         let view = view(call);
         let base = base(call.process(), &view, directory, &path)?;
-        view.find(&base, &path, Resolve::empty())?.inode().target()?
+        view.find(&base, &path, Resolve::empty())?
+            .inode()
+            .target()?
     };
     let bytes = target.as_bytes();
     let bytes = &bytes[..bytes.len().min(size)];
@@ -677,7 +1167,14 @@ fn set_permissions(call: &Call<'_>, named: &Named, mode: u32) -> Result<()> {
     if named.inode().is_some_and(|inode| inode.is_symbolic_link()) {
         return Err(Errno::EOPNOTSUPP);
     }
-    change(call, named, &MetadataChange { permissions: Some(mode & 0o7777), ..MetadataChange::default() })
+    change(
+        call,
+        named,
+        &MetadataChange {
+            permissions: Some(mode & 0o7777),
+            ..MetadataChange::default()
+        },
+    )
 }
 
 fn chmod(call: &mut Call<'_>) -> Outcome {
@@ -688,15 +1185,23 @@ fn chmod(call: &mut Call<'_>) -> Outcome {
 
 fn descriptor(call: &Call<'_>, number: i32) -> Result<Named> {
     let file = call.process().file(number)?;
-    if file.flags().contains(OpenFlags::PATH) { Err(Errno::EBADF) } else { Ok(Named::File(file)) }
+    if file.flags().contains(OpenFlags::PATH) {
+        Err(Errno::EBADF)
+    } else {
+        Ok(Named::File(file))
+    }
 }
 
 fn fchmod(call: &mut Call<'_>) -> Outcome {
-    descriptor(call, call.int(0)).and_then(|named| set_permissions(call, &named, call.unsigned(1))).into()
+    descriptor(call, call.int(0))
+        .and_then(|named| set_permissions(call, &named, call.unsigned(1)))
+        .into()
 }
 
 fn fchmodat(call: &mut Call<'_>) -> Outcome {
-    named(call, call.int(0), call.raw(1), 0).and_then(|named| set_permissions(call, &named, call.unsigned(2))).into()
+    named(call, call.int(0), call.raw(1), 0)
+        .and_then(|named| set_permissions(call, &named, call.unsigned(2)))
+        .into()
 }
 
 fn fchmodat2(call: &mut Call<'_>) -> Outcome {
@@ -711,7 +1216,15 @@ fn fchmodat2(call: &mut Call<'_>) -> Outcome {
 
 fn set_owner(call: &Call<'_>, named: &Named, uid: u32, gid: u32) -> Result<()> {
     let given = |id: u32| (id != u32::MAX).then_some(id);
-    change(call, named, &MetadataChange { uid: given(uid), gid: given(gid), ..MetadataChange::default() })
+    change(
+        call,
+        named,
+        &MetadataChange {
+            uid: given(uid),
+            gid: given(gid),
+            ..MetadataChange::default()
+        },
+    )
 }
 
 fn chown(call: &mut Call<'_>) -> Outcome {
@@ -721,9 +1234,14 @@ fn chown(call: &mut Call<'_>) -> Outcome {
 }
 
 fn lchown(call: &mut Call<'_>) -> Outcome {
-    named(call, linux::AT_FDCWD, call.raw(0), linux::AT_SYMLINK_NOFOLLOW)
-        .and_then(|named| set_owner(call, &named, call.unsigned(1), call.unsigned(2)))
-        .into()
+    named(
+        call,
+        linux::AT_FDCWD,
+        call.raw(0),
+        linux::AT_SYMLINK_NOFOLLOW,
+    )
+    .and_then(|named| set_owner(call, &named, call.unsigned(1), call.unsigned(2)))
+    .into()
 }
 
 fn fchown(call: &mut Call<'_>) -> Outcome {
@@ -775,7 +1293,11 @@ fn set_times(call: &Call<'_>, named: &Named, accessed: NewTime, modified: NewTim
     change(
         call,
         named,
-        &MetadataChange { accessed: time(accessed), modified: time(modified), ..MetadataChange::default() },
+        &MetadataChange {
+            accessed: time(accessed),
+            modified: time(modified),
+            ..MetadataChange::default()
+        },
     )
 }
 
@@ -786,7 +1308,9 @@ fn utime(call: &mut Call<'_>) -> Outcome {
             return set_times(call, &named, NewTime::Now, NewTime::Now);
         }
         let [accessed, modified]: [u64; 2] = user::read(call.raw(1))?;
-        let at = |seconds: u64| NewTime::At(Timestamp::from(seconds.cast_signed()) * Timestamp::from(SECOND));
+        let at = |seconds: u64| {
+            NewTime::At(Timestamp::from(seconds.cast_signed()) * Timestamp::from(SECOND))
+        };
         set_times(call, &named, at(accessed), at(modified))
     })();
     result.into()
@@ -802,7 +1326,10 @@ fn read_timevals(address: u64) -> Result<(NewTime, NewTime)> {
         if !(0..1_000_000).contains(&time.tv_usec) {
             return Err(Errno::EINVAL);
         }
-        Ok(NewTime::At(Timestamp::from(time.tv_sec) * Timestamp::from(SECOND) + Timestamp::from(time.tv_usec) * 1000))
+        Ok(NewTime::At(
+            Timestamp::from(time.tv_sec) * Timestamp::from(SECOND)
+                + Timestamp::from(time.tv_usec) * 1000,
+        ))
     });
     match (new.next(), new.next()) {
         (Some(accessed), Some(modified)) => Ok((accessed?, modified?)),
@@ -824,7 +1351,9 @@ fn futimesat(call: &mut Call<'_>) -> Outcome {
     } else {
         named(call, call.int(0), call.raw(1), 0)
     };
-    named.and_then(|named| set_times(call, &named, accessed, modified)).into()
+    named
+        .and_then(|named| set_times(call, &named, accessed, modified))
+        .into()
 }
 
 fn utimensat(call: &mut Call<'_>) -> Outcome {
@@ -840,7 +1369,8 @@ fn utimensat(call: &mut Call<'_>) -> Outcome {
                 nanoseconds if nanoseconds == u64::from(linux::UTIME_NOW) => Ok(NewTime::Now),
                 nanoseconds if nanoseconds == u64::from(linux::UTIME_OMIT) => Ok(NewTime::Keep),
                 nanoseconds if nanoseconds < SECOND => Ok(NewTime::At(
-                    Timestamp::from(time.tv_sec) * Timestamp::from(SECOND) + Timestamp::from(nanoseconds),
+                    Timestamp::from(time.tv_sec) * Timestamp::from(SECOND)
+                        + Timestamp::from(nanoseconds),
                 )),
                 _ => Err(Errno::EINVAL),
             };
@@ -870,7 +1400,14 @@ fn truncate(call: &mut Call<'_>) -> Outcome {
             _ => return Err(Errno::EINVAL),
         }
         view(call).identity.check(&metadata, WRITE)?;
-        change(call, &named, &MetadataChange { size: Some(size), ..MetadataChange::default() })
+        change(
+            call,
+            &named,
+            &MetadataChange {
+                size: Some(size),
+                ..MetadataChange::default()
+            },
+        )
     })();
     result.into()
 }
@@ -905,25 +1442,43 @@ fn attribute(call: &Call<'_>, named: &Named) -> Result<usize> {
 }
 
 fn getxattr(call: &mut Call<'_>) -> Outcome {
-    named(call, linux::AT_FDCWD, call.raw(0), 0).and_then(|named| attribute(call, &named)).into()
-}
-
-fn lgetxattr(call: &mut Call<'_>) -> Outcome {
-    named(call, linux::AT_FDCWD, call.raw(0), linux::AT_SYMLINK_NOFOLLOW)
+    named(call, linux::AT_FDCWD, call.raw(0), 0)
         .and_then(|named| attribute(call, &named))
         .into()
 }
 
+fn lgetxattr(call: &mut Call<'_>) -> Outcome {
+    named(
+        call,
+        linux::AT_FDCWD,
+        call.raw(0),
+        linux::AT_SYMLINK_NOFOLLOW,
+    )
+    .and_then(|named| attribute(call, &named))
+    .into()
+}
+
 fn fgetxattr(call: &mut Call<'_>) -> Outcome {
-    descriptor(call, call.int(0)).and_then(|named| attribute(call, &named)).into()
+    descriptor(call, call.int(0))
+        .and_then(|named| attribute(call, &named))
+        .into()
 }
 
 fn listxattr(call: &mut Call<'_>) -> Outcome {
-    named(call, linux::AT_FDCWD, call.raw(0), 0).map(drop).into()
+    named(call, linux::AT_FDCWD, call.raw(0), 0)
+        .map(drop)
+        .into()
 }
 
 fn llistxattr(call: &mut Call<'_>) -> Outcome {
-    named(call, linux::AT_FDCWD, call.raw(0), linux::AT_SYMLINK_NOFOLLOW).map(drop).into()
+    named(
+        call,
+        linux::AT_FDCWD,
+        call.raw(0),
+        linux::AT_SYMLINK_NOFOLLOW,
+    )
+    .map(drop)
+    .into()
 }
 
 fn flistxattr(call: &mut Call<'_>) -> Outcome {

@@ -4,7 +4,10 @@ use alloc::{sync::Arc, vec::Vec};
 
 use linux_raw_sys::general as linux;
 
-use super::{Call, Entry, Outcome, Restart, event::deadline_after_milliseconds, event::set_mask, file::attempt};
+use super::{
+    Call, Entry, Outcome, Restart, event::deadline_after_milliseconds, event::set_mask,
+    file::attempt,
+};
 use crate::{
     Errno, Kernel, Result,
     file::{
@@ -17,10 +20,30 @@ use crate::{
 
 /// The supported calls.
 pub const CALLS: &[Entry] = &[
-    Entry { number: linux::__NR_poll, name: "poll", handler: poll, limits: "" },
-    Entry { number: linux::__NR_ppoll, name: "ppoll", handler: ppoll, limits: "" },
-    Entry { number: linux::__NR_select, name: "select", handler: select, limits: "" },
-    Entry { number: linux::__NR_pselect6, name: "pselect6", handler: pselect6, limits: "" },
+    Entry {
+        number: linux::__NR_poll,
+        name: "poll",
+        handler: poll,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_ppoll,
+        name: "ppoll",
+        handler: ppoll,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_select,
+        name: "select",
+        handler: select,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_pselect6,
+        name: "pselect6",
+        handler: pselect6,
+        limits: "",
+    },
 ];
 
 /// `POLLNVAL`.
@@ -40,7 +63,9 @@ struct Asked {
 
 /// What a file answers to `events`, in `POLL*`.
 fn answer(asked: &Asked) -> u16 {
-    let Some(file) = &asked.file else { return INVALID };
+    let Some(file) = &asked.file else {
+        return INVALID;
+    };
     let readiness = file.file.readiness();
     let mut bits = readiness.bits();
     // The "normal" kinds are the same as the plain ones.
@@ -82,7 +107,11 @@ fn wait_any(
             .iter()
             .filter_map(|asked| {
                 let file: &Arc<dyn File> = &asked.file.as_ref()?.file;
-                Watch::new(file, interest(asked.events), Arc::clone(&watcher) as Arc<dyn Watcher>)
+                Watch::new(
+                    file,
+                    interest(asked.events),
+                    Arc::clone(&watcher) as Arc<dyn Watcher>,
+                )
             })
             .collect();
         let ready = core::future::poll_fn(|context| {
@@ -114,7 +143,11 @@ fn poll_files(call: &Call<'_>, deadline: u64, finish: impl Fn() + Send + 'static
         for (index, request) in requests.iter().enumerate() {
             if request.fd >= 0 {
                 asked.push(Asked {
-                    file: files.get(request.fd).ok().filter(|file| !is_path(file)).cloned(),
+                    file: files
+                        .get(request.fd)
+                        .ok()
+                        .filter(|file| !is_path(file))
+                        .cloned(),
                     events: u32::from(request.events.cast_unsigned()),
                 });
                 places.push(index);
@@ -163,7 +196,12 @@ fn deadline_after(kernel: &Kernel, duration: Option<u64>) -> u64 {
 }
 
 /// Tells the program how much of its time is left, as Linux does; an address that cannot be written is passed over.
-fn tell_rest(kernel: &Arc<Kernel>, address: u64, deadline: u64, microseconds: bool) -> impl Fn() + Send + 'static {
+fn tell_rest(
+    kernel: &Arc<Kernel>,
+    address: u64,
+    deadline: u64,
+    microseconds: bool,
+) -> impl Fn() + Send + 'static {
     let kernel = Arc::clone(kernel);
     move || {
         if address != 0 && deadline != NEVER {
@@ -181,7 +219,9 @@ fn read_duration(address: u64) -> Result<Option<u64>> {
     if address == 0 {
         return Ok(None);
     }
-    user::read::<linux::timespec>(address).and_then(|time| from_timespec(&time)).map(Some)
+    user::read::<linux::timespec>(address)
+        .and_then(|time| from_timespec(&time))
+        .map(Some)
 }
 
 fn ppoll(call: &mut Call<'_>) -> Outcome {
@@ -189,7 +229,11 @@ fn ppoll(call: &mut Call<'_>) -> Outcome {
     let duration = attempt!(read_duration(address));
     attempt!(set_mask(call, call.raw(3), call.raw(4)));
     let deadline = deadline_after(call.kernel(), duration);
-    poll_files(call, deadline, tell_rest(call.kernel(), address, deadline, false))
+    poll_files(
+        call,
+        deadline,
+        tell_rest(call.kernel(), address, deadline, false),
+    )
 }
 
 const SET_BITS: usize = 64;
@@ -222,7 +266,10 @@ fn select_files(call: &Call<'_>, deadline: u64, finish: impl Fn() + Send + 'stat
             }
             if events != 0 {
                 let file = attempt!(files.get(number as i32).cloned());
-                asked.push(Asked { file: Some(file), events });
+                asked.push(Asked {
+                    file: Some(file),
+                    events,
+                });
                 numbers.push(number);
             }
         }
@@ -239,7 +286,12 @@ fn select_files(call: &Call<'_>, deadline: u64, finish: impl Fn() + Send + 'stat
             let readable = bits & (linux::EPOLLIN | linux::EPOLLHUP | linux::EPOLLERR) != 0;
             let writable = bits & (linux::EPOLLOUT | linux::EPOLLERR) != 0;
             let exceptional = bits & linux::EPOLLPRI != 0;
-            for ((answers, event), is_ready) in answers.iter_mut().zip(EVENTS).zip([readable, writable, exceptional]) {
+            for ((answers, event), is_ready) in
+                answers
+                    .iter_mut()
+                    .zip(EVENTS)
+                    .zip([readable, writable, exceptional])
+            {
                 if is_ready
                     && asked.events & event != 0
                     && let Some(word) = answers.get_mut(word)
@@ -267,10 +319,16 @@ fn select(call: &mut Call<'_>) -> Outcome {
     let address = call.raw(4);
     let duration = match address {
         0 => None,
-        address => Some(attempt!(user::read::<linux::timeval>(address).and_then(|time| from_timeval(&time)))),
+        address => Some(attempt!(
+            user::read::<linux::timeval>(address).and_then(|time| from_timeval(&time))
+        )),
     };
     let deadline = deadline_after(call.kernel(), duration);
-    select_files(call, deadline, tell_rest(call.kernel(), address, deadline, true))
+    select_files(
+        call,
+        deadline,
+        tell_rest(call.kernel(), address, deadline, true),
+    )
 }
 
 fn pselect6(call: &mut Call<'_>) -> Outcome {
@@ -282,5 +340,9 @@ fn pselect6(call: &mut Call<'_>) -> Outcome {
         attempt!(set_mask(call, mask, size));
     }
     let deadline = deadline_after(call.kernel(), duration);
-    select_files(call, deadline, tell_rest(call.kernel(), address, deadline, false))
+    select_files(
+        call,
+        deadline,
+        tell_rest(call.kernel(), address, deadline, false),
+    )
 }

@@ -44,7 +44,14 @@ impl Content {
     /// An empty file.
     #[must_use]
     pub fn new(pool: &Arc<Pool>) -> Content {
-        Content { pool: Arc::clone(pool), pages: BTreeMap::new(), size: 0, lower: None, mapped: false, seals: None }
+        Content {
+            pool: Arc::clone(pool),
+            pages: BTreeMap::new(),
+            size: 0,
+            lower: None,
+            mapped: false,
+            seals: None,
+        }
     }
 
     /// A file that is as `inode`, of `size` bytes, until it is changed. `inode` must be readable in place.
@@ -65,7 +72,10 @@ impl Content {
     /// Space used, in units of 512 bytes.
     #[must_use]
     pub fn blocks(&self) -> u64 {
-        let lower = self.lower.as_ref().map_or(0, |lower| lower.limit.div_ceil(PAGE));
+        let lower = self
+            .lower
+            .as_ref()
+            .map_or(0, |lower| lower.limit.div_ceil(PAGE));
         (self.pages.len() as u64).max(lower) * (PAGE / 512)
     }
 
@@ -106,17 +116,27 @@ impl Content {
         let left = usize::try_from(self.size - position).unwrap_or(usize::MAX);
         let offset = (position % PAGE) as usize;
         if let Some(&page) = self.pages.get(&(position / PAGE)) {
-            return self.pool.read(page, offset, left.min(PAGE_SIZE - offset), sink);
+            return self
+                .pool
+                .read(page, offset, left.min(PAGE_SIZE - offset), sink);
         }
         if let Some(bytes) = self.in_place(position) {
             return sink.put(bytes);
         }
-        if self.lower.as_ref().is_some_and(|lower| position < lower.limit) {
+        if self
+            .lower
+            .as_ref()
+            .is_some_and(|lower| position < lower.limit)
+        {
             // The file below can be read, but not here: damage.
             return Err(Errno::EIO);
         }
         // A hole: up to the next page that there is.
-        let next = self.pages.range(position / PAGE..).next().map_or(u64::MAX, |(&page, _)| page * PAGE);
+        let next = self
+            .pages
+            .range(position / PAGE..)
+            .next()
+            .map_or(u64::MAX, |(&page, _)| page * PAGE);
         let hole = usize::try_from(next - position).unwrap_or(usize::MAX);
         sink.put_zeros(left.min(hole))
     }
@@ -126,7 +146,10 @@ impl Content {
         if let Some(&page) = self.pages.get(&index) {
             return Ok(page);
         }
-        let wanted = index.checked_sub(1).and_then(|before| self.pages.get(&before)).map(|page| page.next());
+        let wanted = index
+            .checked_sub(1)
+            .and_then(|before| self.pages.get(&before))
+            .map(|page| page.next());
         let page = self.pool.allocate(wanted)?;
         if let Err(error) = self.copy_from_lower(index, page) {
             self.pool.free(core::iter::once(page));
@@ -137,14 +160,17 @@ impl Content {
     }
 
     fn copy_from_lower(&self, index: u64, page: PageNumber) -> Result<()> {
-        let Some(lower) = &self.lower else { return Ok(()) };
+        let Some(lower) = &self.lower else {
+            return Ok(());
+        };
         let end = lower.limit.min(self.size).min((index + 1) * PAGE);
         let mut position = index * PAGE;
         while position < end {
             let bytes = lower.inode.in_place(position).ok_or(Errno::EIO)?;
             let length = bytes.len().min((end - position) as usize);
             let offset = (position % PAGE) as usize;
-            self.pool.write(page, offset, length, &mut Source::kernel(&bytes[..length]))?;
+            self.pool
+                .write(page, offset, length, &mut Source::kernel(&bytes[..length]))?;
             position += length as u64;
         }
         Ok(())
@@ -152,14 +178,18 @@ impl Content {
 
     /// Writes at `position`. A short count when space runs out in the middle.
     pub fn write(&mut self, position: u64, source: &mut Source<'_>) -> Result<usize> {
-        let end = position.checked_add(source.remaining() as u64).filter(|&end| end <= i64::MAX as u64);
+        let end = position
+            .checked_add(source.remaining() as u64)
+            .filter(|&end| end <= i64::MAX as u64);
         let end = end.ok_or(Errno::EFBIG)?;
         let mut at = position;
         let mut result = Ok(());
         while at < end {
             let offset = (at % PAGE) as usize;
             let length = (PAGE_SIZE - offset).min((end - at) as usize);
-            let step = self.own_page(at / PAGE).and_then(|page| self.pool.write(page, offset, length, source));
+            let step = self
+                .own_page(at / PAGE)
+                .and_then(|page| self.pool.write(page, offset, length, source));
             match step {
                 Ok(0) => break,
                 Ok(count) => at += count as u64,
@@ -172,7 +202,11 @@ impl Content {
         if at > self.size {
             self.size = at;
         }
-        if at == position { result.map(|()| 0) } else { Ok((at - position) as usize) }
+        if at == position {
+            result.map(|()| 0)
+        } else {
+            Ok((at - position) as usize)
+        }
     }
 
     /// Cuts, or extends by zeros.
@@ -197,16 +231,20 @@ impl Content {
     fn forget(&mut self, start: u64, end: u64) {
         let first = start.div_ceil(PAGE);
         // Exclusive; a range to the end of everything has no last page to keep.
-        let last = if end == u64::MAX { u64::MAX } else { end / PAGE };
-        if start % PAGE != 0
+        let last = if end == u64::MAX {
+            u64::MAX
+        } else {
+            end / PAGE
+        };
+        if !start.is_multiple_of(PAGE)
             && let Some(&page) = self.pages.get(&(start / PAGE))
         {
             let length = (end - start).min(PAGE) as usize;
             self.pool.clear(page, (start % PAGE) as usize, length);
         }
         if end != u64::MAX
-            && end % PAGE != 0
-            && (end / PAGE != start / PAGE || start % PAGE == 0)
+            && !end.is_multiple_of(PAGE)
+            && (end / PAGE != start / PAGE || start.is_multiple_of(PAGE))
             && let Some(&page) = self.pages.get(&(end / PAGE))
         {
             self.pool.clear(page, 0, (end % PAGE) as usize);
@@ -229,7 +267,10 @@ impl Content {
 
     /// Makes a range read as zeros, without changing the length.
     pub fn punch(&mut self, position: u64, length: u64) -> Result<()> {
-        let end = position.checked_add(length).ok_or(Errno::EFBIG)?.min(self.size.next_multiple_of(PAGE));
+        let end = position
+            .checked_add(length)
+            .ok_or(Errno::EFBIG)?
+            .min(self.size.next_multiple_of(PAGE));
         if position >= end {
             return Ok(());
         }
@@ -241,7 +282,8 @@ impl Content {
             for (&index, &page) in self.pages.range(position / PAGE..end.div_ceil(PAGE)) {
                 let from = position.max(index * PAGE);
                 let to = end.min((index + 1) * PAGE);
-                self.pool.clear(page, (from % PAGE) as usize, (to - from) as usize);
+                self.pool
+                    .clear(page, (from % PAGE) as usize, (to - from) as usize);
             }
             return Ok(());
         }
@@ -251,8 +293,13 @@ impl Content {
 
     /// Makes sure that writes to a range find space.
     pub fn reserve(&mut self, position: u64, length: u64) -> Result<()> {
-        let end = position.checked_add(length).filter(|&end| end <= i64::MAX as u64).ok_or(Errno::EFBIG)?;
-        if (end.div_ceil(PAGE) - position / PAGE).saturating_sub(self.pages.len() as u64) > u64::from(self.pool.limit()) {
+        let end = position
+            .checked_add(length)
+            .filter(|&end| end <= i64::MAX as u64)
+            .ok_or(Errno::EFBIG)?;
+        if (end.div_ceil(PAGE) - position / PAGE).saturating_sub(self.pages.len() as u64)
+            > u64::from(self.pool.limit())
+        {
             return Err(Errno::ENOSPC);
         }
         for index in position / PAGE..end.div_ceil(PAGE) {
@@ -274,22 +321,37 @@ impl Content {
             self.mapped = true;
             return Ok(Some((MapSource::Pool(first.offset()), run * PAGE)));
         }
-        let Some(lower) = &self.lower else { return Ok(None) };
+        let Some(lower) = &self.lower else {
+            return Ok(None);
+        };
         // A page below that the file's end or a shorter limit cuts must not show what follows.
         let whole = lower.inode.metadata()?.size;
-        let limit = if lower.limit == whole { lower.limit.next_multiple_of(PAGE) } else { lower.limit & !(PAGE - 1) };
-        let next = self.pages.range(index..).next().map_or(u64::MAX, |(&page, _)| page * PAGE);
+        let limit = if lower.limit == whole {
+            lower.limit.next_multiple_of(PAGE)
+        } else {
+            lower.limit & !(PAGE - 1)
+        };
+        let next = self
+            .pages
+            .range(index..)
+            .next()
+            .map_or(u64::MAX, |(&page, _)| page * PAGE);
         let end = limit.min(next);
         if position >= end {
             return Ok(None);
         }
-        Ok(lower.inode.map_source(position)?.map(|(source, length)| (source, length.min(end - position))))
+        Ok(lower
+            .inode
+            .map_source(position)?
+            .map(|(source, length)| (source, length.min(end - position))))
     }
 
     /// Makes pages of a range ones of the pool.
     pub fn prepare_shared(&mut self, position: u64, length: u64) -> Result<()> {
         // Pages beyond the end stay away: a program that touches them gets SIGBUS on Linux.
-        let end = position.saturating_add(length).min(self.size.next_multiple_of(PAGE));
+        let end = position
+            .saturating_add(length)
+            .min(self.size.next_multiple_of(PAGE));
         if end > position {
             self.reserve(position, end - position)?;
         }

@@ -49,7 +49,12 @@ impl Directory {
     /// A directory over `lower`, or an empty one.
     #[must_use]
     pub fn new(lower: Option<Arc<dyn Inode>>) -> Directory {
-        Directory { lower, names: HashMap::new(), order: BTreeMap::new(), next: 0 }
+        Directory {
+            lower,
+            names: HashMap::new(),
+            order: BTreeMap::new(),
+            next: 0,
+        }
     }
 
     /// Looks for a name.
@@ -64,7 +69,8 @@ impl Directory {
 
     /// Keeps the node for a name of the directory below.
     pub fn remember(&mut self, name: &str, node: &Arc<Node>) {
-        self.names.insert(Box::from(name), Slot::Below(Arc::clone(node)));
+        self.names
+            .insert(Box::from(name), Slot::Below(Arc::clone(node)));
     }
 
     /// Puts a node at a name, in place of what was there.
@@ -89,7 +95,11 @@ impl Directory {
         if let Some(Slot::Here(_, number)) = self.names.get(name) {
             self.order.remove(number);
         }
-        if self.lower.as_ref().is_some_and(|lower| lower.lookup(name).is_ok()) {
+        if self
+            .lower
+            .as_ref()
+            .is_some_and(|lower| lower.lookup(name).is_ok())
+        {
             self.names.insert(Box::from(name), Slot::Removed);
         } else {
             self.names.remove(name);
@@ -112,17 +122,18 @@ impl Directory {
                 let batch = lower.entries(at, limit - entries.len())?;
                 let Some(last) = batch.last() else { break };
                 at = last.next;
-                entries.extend(
-                    batch.into_iter().filter(|entry| {
-                        !matches!(self.names.get(entry.name.as_str()), Some(Slot::Here(..) | Slot::Removed))
-                    }),
-                );
+                entries.extend(batch.into_iter().filter(|entry| {
+                    !matches!(
+                        self.names.get(entry.name.as_str()),
+                        Some(Slot::Here(..) | Slot::Removed)
+                    )
+                }));
             }
             if entries.len() >= limit {
                 return Ok(entries);
             }
         }
-        let first = if position < HERE { 0 } else { position - HERE };
+        let first = position.saturating_sub(HERE);
         for (&number, name) in self.order.range(first..) {
             if entries.len() >= limit {
                 break;
