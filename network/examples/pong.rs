@@ -17,7 +17,10 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 const QUESTION: usize = 14;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let port = std::env::args().nth(1).and_then(|port| port.parse().ok()).unwrap_or(6400);
+    let port = std::env::args()
+        .nth(1)
+        .and_then(|port| port.parse().ok())
+        .unwrap_or(6400);
     let mut configuration = NetworkConfiguration::new([2, 0, 0, 0, 0, 9]);
     configuration.mtu = 65521;
     configuration.checksums = Checksums::Trusted;
@@ -71,7 +74,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 Err(error) => return Err(error.into()),
             }
         }
-        let wait = stack.next_deadline().map(|deadline| deadline.saturating_sub(started.elapsed()));
+        let wait = stack
+            .next_deadline()
+            .map(|deadline| deadline.saturating_sub(started.elapsed()));
         let timeout = Timespec::try_from(wait.unwrap_or(Duration::from_secs(60)))?;
         rustix::event::poll(&mut [PollFd::new(&stream, flags)], Some(&timeout))?;
         match stream.read(decoder.space()) {

@@ -36,6 +36,10 @@ const KNOCKING: usize = 128;
 /// Time between two questions while the guest does not listen yet: the first, and the longest.
 const KNOCK_FIRST: Duration = Duration::from_millis(2);
 const KNOCK_LONGEST: Duration = Duration::from_millis(50);
+/// How long a guest that has accepted nothing yet may leave a question without an answer, the first and the longest: what is sent
+/// before its network is up is lost.
+const SILENCE_FIRST: Duration = Duration::from_millis(20);
+const SILENCE_LONGEST: Duration = Duration::from_secs(1);
 /// How long a client waits for a guest that does not listen.
 const WAIT_LONGEST: Duration = Duration::from_secs(120);
 /// How long accepting pauses when there are no more descriptors.
@@ -172,6 +176,9 @@ struct Port {
     delay: Option<Duration>,
     /// Not before this.
     next: Option<Instant>,
+    /// While the guest has accepted nothing: the client it is being asked for, and until when it may answer.
+    asked: Option<(u32, Instant)>,
+    silence: Option<Duration>,
 }
 
 struct Gateway {
@@ -487,7 +494,16 @@ impl Gateway {
             .filter_map(|port| port.next)
             .map(|at| at.saturating_duration_since(now))
             .min();
-        [stack, sweep, accept, knock].into_iter().flatten().min()
+        let silence = self
+            .ports
+            .iter()
+            .filter_map(|port| port.asked)
+            .map(|(_, until)| until.saturating_duration_since(now))
+            .min();
+        [stack, sweep, accept, knock, silence]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn answer_dhcp(&mut self) {
@@ -610,6 +626,14 @@ impl Gateway {
         let now = Instant::now();
         let mut any = false;
         for index in 0..self.ports.len() {
+            if let Some(port) = self.ports.get_mut(index)
+                && let Some((place, until)) = port.asked
+                && now >= until
+            {
+                let silence = port.silence.unwrap_or(SILENCE_FIRST);
+                port.silence = Some((silence * 3 / 2).min(SILENCE_LONGEST));
+                self.knock_later(place);
+            }
             while let Some(port) = self.ports.get_mut(index) {
                 if port.waiting.is_empty()
                     || port.knocking >= port.limit()
@@ -640,6 +664,9 @@ impl Gateway {
                     break;
                 }
                 port.knocking += 1;
+                if !port.open {
+                    port.asked = Some((place, now + port.silence.unwrap_or(SILENCE_FIRST)));
+                }
                 any = true;
                 if let Some(splice) = self.splices.get_mut(place) {
                     splice.stage = Stage::Knocking;
@@ -735,24 +762,15 @@ impl Gateway {
                     splice.stage = Stage::Open;
                     port.knocking -= 1;
                     port.open = true;
+                    port.asked = None;
                     port.delay = None;
                     port.next = None;
                 } else if ready.contains(Readiness::ERROR) {
-                    port.knocking -= 1;
-                    self.stack.close(id);
-                    splice.guest = None;
-                    if port.open {
+                    let open = port.open;
+                    self.knock_later(index);
+                    if open {
                         self.end(index, Outcome::GuestReset);
-                        return;
                     }
-                    // The guest is still starting.
-                    splice.stage = Stage::Waiting;
-                    let delay = port
-                        .delay
-                        .map_or(KNOCK_FIRST, |delay| (delay * 5 / 4).min(KNOCK_LONGEST));
-                    port.delay = Some(delay);
-                    port.next = Some(Instant::now() + delay);
-                    port.waiting.push_front(index);
                     return;
                 } else {
                     return;
@@ -764,6 +782,32 @@ impl Gateway {
         if outcome != Outcome::Open {
             self.end(index, outcome);
         }
+    }
+
+    /// Ends a question to the guest; where it has accepted nothing yet, it is asked again soon.
+    fn knock_later(&mut self, index: u32) {
+        let Some(splice) = self.splices.get_mut(index) else {
+            return;
+        };
+        if let Some(id) = splice.guest.take() {
+            self.stack.close(id);
+        }
+        let Some(port) = self.ports.get_mut(splice.published.unwrap_or(0) as usize) else {
+            return;
+        };
+        port.knocking -= 1;
+        port.asked = None;
+        if port.open {
+            return;
+        }
+        // The guest is still starting.
+        splice.stage = Stage::Waiting;
+        let delay = port
+            .delay
+            .map_or(KNOCK_FIRST, |delay| (delay * 5 / 4).min(KNOCK_LONGEST));
+        port.delay = Some(delay);
+        port.next = Some(Instant::now() + delay);
+        port.waiting.push_front(index);
     }
 
     fn end(&mut self, index: u32, outcome: Outcome) {

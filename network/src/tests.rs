@@ -588,8 +588,23 @@ fn serve_sizes(guest: &mut Guest, listener: SocketId, clients: usize) {
 
 #[test]
 fn many_bytes_arrive() {
-    let (mut guest, network) =
-        start(|configuration| configuration.publish = vec![publish(80, Protocol::Tcp)]);
+    for (mtu, checksums) in [
+        (65521, Checksums::Trusted),
+        (32768, Checksums::Trusted),
+        (32768, Checksums::Software),
+        (1500, Checksums::Software),
+    ] {
+        println!("MTU {mtu}, checksums {checksums:?}");
+        transfer(mtu, checksums);
+    }
+}
+
+fn transfer(mtu: u16, checksums: Checksums) {
+    let (mut guest, network) = start(|configuration| {
+        configuration.publish = vec![publish(80, Protocol::Tcp)];
+        configuration.mtu = mtu;
+        configuration.checksums = checksums;
+    });
     let address = network.published()[0].0;
     let listener = guest.listen(80);
     let power = if cfg!(debug_assertions) { 26 } else { 30 };

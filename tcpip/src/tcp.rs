@@ -43,6 +43,13 @@ const ORPHAN_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long sent data may stay unanswered (`tcp_retries2` of Linux: about 15 minutes).
 const SEND_TIMEOUT: Duration = Duration::from_secs(924);
 
+/// How long the acknowledgement of little data waits for an answer to travel with.
+const ACKNOWLEDGEMENT_DELAY: Duration = Duration::from_millis(10);
+
+/// Received bytes whose acknowledgement may wait: as much as a question or an answer has. More may be all that the
+/// other end has room for, also where it is less than a segment; to hold it up would stall the connection.
+const LITTLE: usize = 2048;
+
 const FIN: u8 = 1;
 const SYN: u8 = 2;
 const RST: u8 = 4;
@@ -112,6 +119,14 @@ pub(crate) struct Connection {
     pending: bool,
     /// A segment came since the last look.
     fresh: bool,
+    /// There is a reason to send besides acknowledging data.
+    urgent: bool,
+    /// Received bytes that may not be acknowledged yet.
+    unacknowledged: usize,
+    /// Bytes that the owner has taken since the last segment, which made the window larger.
+    taken: usize,
+    /// When received data is acknowledged at last.
+    acknowledge_at: Option<Moment>,
     /// The listener that made it, until it is established.
     listener: Option<SocketId>,
     /// Waits for the owner's word before it answers (intercepted).
@@ -999,7 +1014,9 @@ impl Stack {
         if left == 0 {
             connection.ready.remove(Readiness::READABLE);
         }
-        if count > 0 && !connection.finished {
+        // A window that grew by a quarter is worth telling of; the other end waits for no less.
+        connection.taken += count;
+        if connection.taken >= connection.buffer / 4 && !connection.finished {
             self.tcp_mark(id);
         }
         Ok(count)
@@ -1118,13 +1135,20 @@ impl Stack {
         }
     }
 
-    /// Puts a connection on the list of those to be worked on.
+    /// Puts a connection on the list of those that have something to send.
     fn tcp_mark(&mut self, id: SocketId) {
-        if let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id)
-            && !connection.pending
-        {
-            connection.pending = true;
-            self.tcp.pending.push(id);
+        self.tcp_note(id, true);
+    }
+
+    /// Puts a connection on the list of those to be looked at; `urgent` when there is more to send than the
+    /// acknowledgement of data, which can wait for something to travel with.
+    fn tcp_note(&mut self, id: SocketId, urgent: bool) {
+        if let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) {
+            connection.urgent |= urgent;
+            if !connection.pending {
+                connection.pending = true;
+                self.tcp.pending.push(id);
+            }
         }
     }
 
@@ -1133,7 +1157,10 @@ impl Stack {
         self.tcp.buffered += 2 * buffer;
         let space = || tcp::SocketBuffer::new(alloc::vec![0; buffer]);
         let mut set = SocketSet::new(alloc::vec![SocketStorage::EMPTY]);
-        let handle = set.add(tcp::Socket::new(space(), space()));
+        let mut socket = tcp::Socket::new(space(), space());
+        // smoltcp waits as long as less than a segment has come, although that may be all the window there is.
+        socket.set_ack_delay(None);
+        let handle = set.add(socket);
         Box::new(Connection {
             set,
             handle,
@@ -1144,6 +1171,10 @@ impl Stack {
             armed: None,
             pending: false,
             fresh: false,
+            urgent: false,
+            unacknowledged: 0,
+            taken: 0,
+            acknowledge_at: None,
             listener: None,
             paused: false,
             orphan: false,
@@ -1417,8 +1448,17 @@ impl Stack {
         if let Some(connection) = connection {
             connection.trace = local_trace;
             connection.fresh = true;
+            let header = packet
+                .payload
+                .get(12)
+                .map_or(0, |byte| usize::from(byte >> 4) * 4);
+            let control = packet
+                .payload
+                .get(13)
+                .is_some_and(|flags| flags & (SYN | FIN | RST) != 0);
+            connection.unacknowledged += packet.payload.len().saturating_sub(header);
             if let Some(id) = id {
-                self.tcp_mark(id);
+                self.tcp_note(id, control);
             }
         }
     }
@@ -1535,6 +1575,7 @@ impl Stack {
         }
         // smoltcp would wipe a connection at the end of TIME-WAIT, with what its owner has not read.
         let idle = connection.state == TcpState::TimeWait && !connection.fresh;
+        let holds = connection.holds_acknowledgement(now);
         let interface = if connection.own {
             &mut self.tcp.loopback
         } else {
@@ -1550,6 +1591,7 @@ impl Stack {
             trace: &mut connection.trace,
         };
         while !idle
+            && !holds
             && interface.poll_egress(instant(now), &mut port, &mut connection.set)
                 != PollResult::None
         {}
@@ -1557,8 +1599,18 @@ impl Stack {
         connection.fresh = false;
 
         let state = connection.socket_ref().state();
-        let poll_at = interface.poll_at(instant(now), &connection.set).map(moment);
+        let poll_at = if holds {
+            connection.acknowledge_at
+        } else {
+            interface.poll_at(instant(now), &connection.set).map(moment)
+        };
         let sending = poll_at.is_some_and(|at| at <= now) && !idle;
+        if !holds && !sending {
+            connection.urgent = false;
+            connection.unacknowledged = 0;
+            connection.taken = 0;
+            connection.acknowledge_at = None;
+        }
         let was = core::mem::replace(&mut connection.state, state);
         if !connection.connected
             && !matches!(
@@ -1716,6 +1768,26 @@ impl Stack {
 }
 
 impl Connection {
+    /// Whether all that there is to send is the acknowledgement of little data, which can wait a moment for an answer
+    /// to travel with (RFC 1122 section 4.2.3.2).
+    fn holds_acknowledgement(&mut self, now: Moment) -> bool {
+        let socket = self.socket_ref();
+        let waits = !self.urgent
+            && self.connected
+            && !self.aborted
+            && !self.orphan
+            && matches!(socket.state(), TcpState::Established | TcpState::FinWait2)
+            && socket.send_queue() == 0
+            && self.unacknowledged > 0
+            && self.unacknowledged < LITTLE;
+        if !waits {
+            return false;
+        }
+        now < *self
+            .acknowledge_at
+            .get_or_insert(now + ACKNOWLEDGEMENT_DELAY)
+    }
+
     fn wanted_timeout(&self) -> Option<Duration> {
         let state = self.socket_ref().state();
         match state {

@@ -314,6 +314,48 @@ fn large_frames_need_few_segments() {
 }
 
 #[test]
+fn a_buffer_smaller_than_a_segment_does_not_stall() {
+    let mut pair = Pair::new(&Configuration {
+        mtu: 65521,
+        buffer_maximum: 64 << 10,
+        ..Configuration::default()
+    });
+    let listener = pair.listen(80);
+    let (client, server) = pair.connect(listener, server_address(80));
+    let (data, start) = (pattern(10 << 20), pair.now);
+    assert!(transfer(&mut pair, client, server, &data, Duration::from_secs(100)) == data);
+    assert!(
+        pair.now - start < Duration::from_millis(50),
+        "{:?}",
+        pair.now - start
+    );
+}
+
+#[test]
+fn an_answer_carries_the_acknowledgement() {
+    let mut pair = Pair::new(&Configuration::default());
+    let listener = pair.listen(80);
+    let (client, server) = pair.connect(listener, server_address(80));
+    pair.run(Duration::from_millis(100), |_| false);
+    let before = pair.frames;
+    for _ in 0..100 {
+        pair.stacks[0].tcp_send(client, b"question").unwrap();
+        pair.exchange();
+        assert_eq!(pair.stacks[1].tcp_receive(server, &mut [0; 100]), Ok(8));
+        pair.stacks[1].tcp_send(server, b"answer").unwrap();
+        pair.exchange();
+        assert_eq!(pair.stacks[0].tcp_receive(client, &mut [0; 100]), Ok(6));
+    }
+    assert_eq!(pair.frames - before, 200);
+    let acknowledged = pair.now;
+    assert!(pair.run(
+        Duration::from_millis(50),
+        |pair| pair.stacks[1].tcp_queues(server).1 == 0
+    ));
+    assert!(pair.now - acknowledged <= Duration::from_millis(11));
+}
+
+#[test]
 fn a_closed_port_refuses() {
     let mut pair = Pair::new(&Configuration::default());
     let client = pair.stacks[0].tcp_open();
