@@ -12,6 +12,10 @@
 //!   `MSG_PEEK`).
 //!
 //! Reading and writing themselves never trust a hint: they ask the host.
+//!
+//! What a program writes with `TCP_CORK` or `MSG_MORE` is held back here, up to [`HELD_LIMIT`], and goes to the host
+//! together with what follows: a server's header and file then cost one call of the host. It is held no longer than until
+//! the program waits or the kernel looks at events ([`Network::poll`]).
 
 #![allow(unsafe_code)]
 
@@ -75,6 +79,17 @@ const ERROR: u32 = 32;
 const WATCHED: u32 = 64;
 /// This side has shut its sending down.
 const WRITE_CLOSED: u32 = 128;
+/// `TCP_CORK` is on.
+const CORKED: u32 = 256;
+/// Bytes are held back.
+const HELD: u32 = 512;
+/// The program has closed the socket; what is held goes out first.
+const CLOSING: u32 = 1024;
+/// The program has shut sending down; what is held goes out first.
+const SHUT_WAITS: u32 = 2048;
+
+/// Most bytes that are held back for a connection.
+const HELD_LIMIT: usize = 16 << 10;
 
 /// What is known of a descriptor's readiness. One CPU: no update is ever torn, so loads and stores are relaxed.
 struct Hints(AtomicU32);
@@ -183,8 +198,14 @@ struct Descriptor {
     stream: bool,
     /// An error that looking took from the host; the next call tells it.
     error: Mutex<Option<Errno>>,
+    /// Bytes held back ([`HELD`] says that there are any).
+    held: Mutex<Vec<u8>>,
+    holding: Arc<Holding>,
     this: Weak<Descriptor>,
 }
+
+/// Descriptors with held bytes, for the next poll.
+type Holding = Mutex<Vec<Weak<Descriptor>>>;
 
 impl Descriptor {
     fn new(
@@ -192,6 +213,7 @@ impl Descriptor {
         events: &Arc<Events>,
         descriptor: HostDescriptor,
         watch: Arc<WatchList>,
+        holding: &Arc<Holding>,
         stream: bool,
     ) -> Arc<Descriptor> {
         Arc::new_cyclic(|this| Descriptor {
@@ -202,6 +224,8 @@ impl Descriptor {
             watch,
             stream,
             error: Mutex::new(None),
+            held: Mutex::new(Vec::new()),
+            holding: Arc::clone(holding),
             this: this.clone(),
         })
     }
@@ -335,6 +359,114 @@ impl Descriptor {
         }
     }
 
+    /// Sends bytes of a stream; those that are held first.
+    fn send_stream(&self, source: &mut Source<'_>, more: bool) -> Result<usize> {
+        if !self.hints.has(HELD | CORKED) && !more {
+            return self.send(source, 0, &[]);
+        }
+        self.send_held(source, more || self.hints.has(CORKED))
+    }
+
+    #[cold]
+    fn send_held(&self, source: &mut Source<'_>, more: bool) -> Result<usize> {
+        if self.hints.has(WRITE_CLOSED) {
+            return Err(Errno::EPIPE);
+        }
+        self.tell_error()?;
+        let mut held = self.held.lock();
+        let wanted = source.remaining();
+        if more && held.len() + wanted <= HELD_LIMIT && self.hints.has(WRITABLE) {
+            let before = held.len();
+            held.resize(before + wanted, 0);
+            let taken = source.take(held.get_mut(before..).unwrap_or_default());
+            held.truncate(before + taken.unwrap_or(0));
+            taken?;
+            if before == 0 {
+                self.holding.lock().push(self.this.clone());
+            }
+            self.hints.set(HELD);
+            return Ok(wanted - source.remaining());
+        }
+        // Everything in one call: what is held, then the program's bytes.
+        let mut slices = Vec::from([Slice { address: held.as_ptr() as usize, length: held.len() }]);
+        source.with_segments(|segments| slices.extend_from_slice(segments.get(..1023).unwrap_or(segments)));
+        let count = self.send_slices(&slices)?;
+        let total = held.len() + wanted;
+        self.hints.after_write(total, count);
+        if count < total {
+            self.ensure_watched();
+        }
+        if count < held.len() {
+            held.drain(..count);
+            return Err(Errno::EAGAIN);
+        }
+        let own = count - held.len();
+        held.clear();
+        self.hints.clear(HELD);
+        source.advance(own);
+        if own == 0 && wanted > 0 { Err(Errno::EAGAIN) } else { Ok(own) }
+    }
+
+    /// One send; `EAGAIN` is remembered.
+    fn send_slices(&self, slices: &[Slice]) -> Result<usize> {
+        let message = Message {
+            slices: slices.as_ptr(),
+            slice_count: slices.len(),
+            address: ptr::null_mut(),
+            address_length: 0,
+            descriptors: ptr::null_mut(),
+            descriptor_count: 0,
+            flags: 0,
+        };
+        // SAFETY: the slices are the caller's: held bytes, and program memory or memory borrowed by a source.
+        let result = unsafe { self.host.descriptor_send_raw(self.number()?, &message) };
+        match result {
+            Err(Errno::EAGAIN) => {
+                self.hints.clear(WRITABLE);
+                self.ensure_watched();
+            }
+            Err(_) => self.hints.clear(ERROR),
+            Ok(_) => {}
+        }
+        result
+    }
+
+    /// Sends what is held. What finds no room goes out with the host's next event.
+    fn flush(&self) {
+        if !self.hints.has(HELD) {
+            return;
+        }
+        let mut held = self.held.lock();
+        let slice = Slice { address: held.as_ptr() as usize, length: held.len() };
+        match self.send_slices(&[slice]) {
+            Ok(count) if count < held.len() => {
+                held.drain(..count);
+                self.hints.clear(WRITABLE);
+                self.ensure_watched();
+                return;
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => return,
+            Ok(_) => {}
+            Err(error) => {
+                *self.error.lock() = Some(error);
+                self.hints.set(ERROR | READABLE | WRITABLE);
+            }
+        }
+        held.clear();
+        self.hints.clear(HELD);
+        drop(held);
+        if self.hints.has(SHUT_WAITS)
+            && let Ok(number) = self.number()
+        {
+            self.hints.clear(SHUT_WAITS);
+            // Fails only if the connection is over, which reading tells.
+            let _ = self.host.descriptor_shutdown(number, linux::SHUT_WR);
+        }
+        if self.hints.has(CLOSING) {
+            self.close_now();
+        }
+    }
+
     /// Looks whether there is something to read, without taking it.
     fn look(&self) {
         let Ok(number) = self.number() else { return };
@@ -371,6 +503,16 @@ impl Descriptor {
     }
 
     fn close(&self) {
+        self.flush();
+        if self.hints.has(HELD) {
+            // The events' table keeps this alive until the rest has gone or the connection has failed.
+            self.hints.set(CLOSING);
+            return;
+        }
+        self.close_now();
+    }
+
+    fn close_now(&self) {
         let number = self.number.swap(-1, Ordering::Relaxed);
         if number >= 0 {
             if self.hints.has(WATCHED) {
@@ -384,13 +526,14 @@ impl Descriptor {
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        self.close();
+        self.close_now();
     }
 }
 
 impl EventHandler for Descriptor {
     fn handle(&self, event: Event) {
         let readiness = self.hints.after_event(event.flags);
+        self.flush();
         self.watch.notify(readiness);
     }
 }
@@ -410,7 +553,7 @@ impl Stream for HostStream {
 
     #[inline]
     fn send(&self, source: &mut Source<'_>, more: bool) -> Result<usize> {
-        self.descriptor.send(source, if more { linux::MSG_MORE } else { 0 }, &[])
+        self.descriptor.send_stream(source, more)
     }
 
     fn readiness(&self) -> Readiness {
@@ -423,8 +566,18 @@ impl Stream for HostStream {
             (true, false) => linux::SHUT_RD,
             _ => linux::SHUT_WR,
         };
-        let result = self.descriptor.host.descriptor_shutdown(self.descriptor.number()?, how);
         let hints = &self.descriptor.hints;
+        self.descriptor.flush();
+        let result = if write && hints.has(HELD) {
+            hints.set(SHUT_WAITS);
+            if read {
+                self.descriptor.host.descriptor_shutdown(self.descriptor.number()?, linux::SHUT_RD)
+            } else {
+                Ok(())
+            }
+        } else {
+            self.descriptor.host.descriptor_shutdown(self.descriptor.number()?, how)
+        };
         if write {
             hints.set(WRITE_CLOSED | WRITABLE);
         }
@@ -445,6 +598,20 @@ impl Stream for HostStream {
 
     fn take_error(&self) -> Option<Errno> {
         self.descriptor.take_error()
+    }
+
+    fn queued(&self) -> (usize, usize) {
+        (0, if self.descriptor.hints.has(HELD) { self.descriptor.held.lock().len() } else { 0 })
+    }
+
+    fn configure(&self, options: &Options) {
+        let hints = &self.descriptor.hints;
+        if options.cork {
+            hints.set(CORKED);
+        } else if hints.has(CORKED) {
+            hints.clear(CORKED);
+            self.descriptor.flush();
+        }
     }
 }
 
@@ -512,6 +679,7 @@ pub struct HostNetwork {
     /// How many sockets listen on an address.
     listening: Mutex<HashMap<SocketAddr, usize>>,
     next_request: AtomicU64,
+    holding: Arc<Holding>,
 }
 
 impl HostNetwork {
@@ -531,6 +699,7 @@ impl HostNetwork {
             attempts: Mutex::new(HashMap::new()),
             listening: Mutex::new(HashMap::new()),
             next_request: AtomicU64::new(1),
+            holding: Arc::default(),
         }
     }
 
@@ -539,7 +708,7 @@ impl HostNetwork {
     }
 
     fn stream(&self, descriptor: HostDescriptor, watch: Arc<WatchList>) -> Arc<dyn Stream> {
-        let descriptor = Descriptor::new(self.host, &self.events, descriptor, watch, true);
+        let descriptor = Descriptor::new(self.host, &self.events, descriptor, watch, &self.holding, true);
         Arc::new(HostStream { descriptor })
     }
 
@@ -627,7 +796,8 @@ impl Network for HostNetwork {
         let ToKernel::Datagram { result, .. } = answer else { return Err(Errno::EIO) };
         result.map_err(|number| Errno::from_number(i64::from(number)))?;
         let descriptor = descriptor.ok_or(Errno::EIO)?;
-        let descriptor = Descriptor::new(self.host, &self.events, descriptor, Arc::clone(watch), false);
+        let watch = Arc::clone(watch);
+        let descriptor = Descriptor::new(self.host, &self.events, descriptor, watch, &self.holding, false);
         descriptor.ensure_watched();
         Ok(Arc::new(HostDatagrams(descriptor)))
     }
@@ -645,6 +815,16 @@ impl Network for HostNetwork {
 
     fn is_own(&self, ip: IpAddr) -> bool {
         ip == IpAddr::V4(GUEST_V4) || ip == IpAddr::V6(GUEST_V6)
+    }
+
+    fn poll(&self, _: u64) -> Option<u64> {
+        if !self.holding.lock().is_empty() {
+            let holding = core::mem::take(&mut *self.holding.lock());
+            for descriptor in holding.iter().filter_map(Weak::upgrade) {
+                descriptor.flush();
+            }
+        }
+        None
     }
 
     fn receive(&self, message: ToKernel, descriptor: Option<HostDescriptor>) {
