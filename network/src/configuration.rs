@@ -10,6 +10,10 @@ use kiln_tcpip::Checksums;
 
 use crate::Publish;
 
+/// The best MTU for engine `process`, whose frames never leave the machine: large, so that much data needs few frames,
+/// and small enough for two of them in the buffers of a small guest.
+pub const LOCAL_MTU: u16 = 32768;
+
 /// Finds the addresses of an instance by its name (lower case, without a final dot): None when no instance has it.
 pub type Lookup = Arc<dyn Fn(&str) -> Option<Vec<IpAddr>> + Send + Sync>;
 
