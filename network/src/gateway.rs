@@ -632,6 +632,7 @@ impl Gateway {
             {
                 let silence = port.silence.unwrap_or(SILENCE_FIRST);
                 port.silence = Some((silence * 3 / 2).min(SILENCE_LONGEST));
+                port.asked = None;
                 self.knock_later(place);
             }
             while let Some(port) = self.ports.get_mut(index) {
