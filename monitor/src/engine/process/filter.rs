@@ -5,26 +5,7 @@
 //! the path of each request (`recvfrom`, `recvmsg`, `epoll_pwait2`) have no condition, for Linux allows such
 //! calls without running the filter.
 //!
-//! | call | condition | for |
-//! |---|---|---|
-//! | `mmap` | never writable and executable; anonymous, the image (private) or the pool (shared) | memory |
-//! | `mprotect` | never writable and executable | memory |
-//! | `munmap` | | memory |
-//! | `madvise` | `MADV_DONTNEED`, `MADV_REMOVE` | memory |
-//! | `pread64` | of its own `/proc/PID/statm` | memory limit |
-//! | `fstat` | of the pool | memory limit |
-//! | `clock_gettime` | | time, where the vDSO cannot |
-//! | `timer_settime` | | timer |
-//! | `rt_sigreturn` | | end of a signal handler |
-//! | `epoll_pwait2` | | wait |
-//! | `epoll_ctl` | its own epoll descriptor | wait |
-//! | `write` | to the console | console |
-//! | `getrandom` | | entropy |
-//! | `sendto` | no address, no `MSG_FASTOPEN` | link, frames, sockets |
-//! | `sendmsg` | no `MSG_FASTOPEN`, which could connect a socket | datagrams, scattered data |
-//! | `recvfrom`, `recvmsg` | | link, frames, sockets |
-//! | `shutdown`, `close` | | sockets |
-//! | `exit_group` | | end |
+//! `CONFINEMENT.md` lists the calls with their reasons.
 
 use std::collections::BTreeMap;
 
@@ -45,12 +26,25 @@ type Rule = Vec<Condition>;
 /// `PROT_READ | PROT_EXEC`: above it come `PROT_WRITE | PROT_EXEC` and what does not exist.
 const HIGHEST_PROTECTION: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
 
+/// A system call by name and number, from the name of its constant.
+macro_rules! call {
+    ($constant:ident) => {
+        (
+            stringify!($constant).trim_start_matches("SYS_"),
+            libc::$constant,
+        )
+    };
+}
+
+/// A system call: its name and number; and the rules of which one must hold (none: always).
+type Call = ((&'static str, libc::c_long), Vec<Rule>);
+
 fn descriptor_value(number: i32) -> u64 {
     u64::from(number.unsigned_abs())
 }
 
-/// The calls, each with the rules of which one must hold; none: always.
-fn calls() -> Vec<(libc::c_long, Vec<Rule>)> {
+/// All calls.
+fn calls() -> Vec<Call> {
     let on = |argument, number| vec![vec![(argument, Dword, Eq, descriptor_value(number))]];
     let mapping = |flags: i32, file: Option<i32>| {
         let mut rule = vec![
@@ -69,7 +63,7 @@ fn calls() -> Vec<(libc::c_long, Vec<Rule>)> {
     let fast_open = u64::from(libc::MSG_FASTOPEN.unsigned_abs());
     vec![
         (
-            libc::SYS_mmap,
+            call!(SYS_mmap),
             vec![
                 mapping(private | libc::MAP_ANONYMOUS, None),
                 mapping(private, Some(descriptor::IMAGE)),
@@ -77,38 +71,38 @@ fn calls() -> Vec<(libc::c_long, Vec<Rule>)> {
             ],
         ),
         (
-            libc::SYS_mprotect,
+            call!(SYS_mprotect),
             vec![vec![(2, Qword, Le, HIGHEST_PROTECTION)]],
         ),
-        (libc::SYS_munmap, vec![]),
+        (call!(SYS_munmap), vec![]),
         (
-            libc::SYS_madvise,
+            call!(SYS_madvise),
             [libc::MADV_DONTNEED, libc::MADV_REMOVE]
                 .map(|advice| vec![(2, Dword, Eq, u64::from(advice.unsigned_abs()))])
                 .into(),
         ),
-        (libc::SYS_pread64, on(0, descriptor::STATM)),
-        (libc::SYS_fstat, on(0, descriptor::POOL)),
-        (libc::SYS_clock_gettime, vec![]),
-        (libc::SYS_timer_settime, vec![]),
-        (libc::SYS_rt_sigreturn, vec![]),
-        (libc::SYS_epoll_pwait2, vec![]),
-        (libc::SYS_epoll_ctl, on(0, descriptor::EPOLL)),
-        (libc::SYS_write, on(0, descriptor::CONSOLE)),
-        (libc::SYS_getrandom, vec![]),
+        (call!(SYS_pread64), on(0, descriptor::STATM)),
+        (call!(SYS_fstat), on(0, descriptor::POOL)),
+        (call!(SYS_clock_gettime), vec![]),
+        (call!(SYS_timer_settime), vec![]),
+        (call!(SYS_rt_sigreturn), vec![]),
+        (call!(SYS_epoll_pwait2), vec![]),
+        (call!(SYS_epoll_ctl), on(0, descriptor::EPOLL)),
+        (call!(SYS_write), on(0, descriptor::CONSOLE)),
+        (call!(SYS_getrandom), vec![]),
         (
-            libc::SYS_sendto,
+            call!(SYS_sendto),
             vec![vec![(3, Dword, MaskedEq(fast_open), 0), (4, Qword, Eq, 0)]],
         ),
         (
-            libc::SYS_sendmsg,
+            call!(SYS_sendmsg),
             vec![vec![(2, Dword, MaskedEq(fast_open), 0)]],
         ),
-        (libc::SYS_recvfrom, vec![]),
-        (libc::SYS_recvmsg, vec![]),
-        (libc::SYS_shutdown, vec![]),
-        (libc::SYS_close, vec![]),
-        (libc::SYS_exit_group, vec![]),
+        (call!(SYS_recvfrom), vec![]),
+        (call!(SYS_recvmsg), vec![]),
+        (call!(SYS_shutdown), vec![]),
+        (call!(SYS_close), vec![]),
+        (call!(SYS_exit_group), vec![]),
     ]
 }
 
@@ -118,7 +112,7 @@ fn calls() -> Vec<(libc::c_long, Vec<Rule>)> {
 /// None for the rules above, unless the crate that compiles them has limits that we do not know.
 pub fn filter() -> Result<Vec<u8>, BackendError> {
     let mut rules = BTreeMap::new();
-    for (call, alternatives) in calls() {
+    for ((_, call), alternatives) in calls() {
         let mut compiled = Vec::new();
         for rule in alternatives {
             let conditions: Result<Vec<_>, _> = rule
@@ -160,14 +154,14 @@ mod tests {
     }
 
     #[test]
-    fn the_table_above_lists_every_call() {
-        assert_eq!(calls().len(), 21);
-        let source = include_str!("filter.rs");
-        let listed = source
+    fn the_documentation_lists_every_call() {
+        let document = include_str!("../../../../CONFINEMENT.md");
+        let listed: Vec<&str> = document
             .lines()
-            .filter(|line| line.starts_with("//! | `"))
-            .count();
-        // Two lines of the table name two calls.
-        assert_eq!(listed + 2, calls().len());
+            .filter_map(|line| line.strip_prefix("| `")?.split_once('`'))
+            .map(|(name, _)| name)
+            .collect();
+        let calls: Vec<&str> = calls().iter().map(|((name, _), _)| *name).collect();
+        assert_eq!(listed, calls);
     }
 }
