@@ -7,7 +7,7 @@
 //! The same image runs without Kiln, with QEMU's own user network and the serial line as its console:
 //!
 //! ```text
-//! qemu-system-x86_64 -M microvm,acpi=off,pit=off,pic=off,rtc=off -accel tcg -cpu max -m 64M \
+//! qemu-system-x86_64 -M microvm,acpi=off,pit=off,pic=off,rtc=on -accel tcg -cpu max -m 64M \
 //!     -nodefaults -no-user-config -no-reboot -display none -serial stdio \
 //!     -device isa-debug-exit,iobase=0xf4,iosize=0x04 \
 //!     -netdev user,id=net,hostfwd=tcp:127.0.0.1:8080-:80 -device virtio-net-device,netdev=net \
