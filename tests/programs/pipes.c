@@ -136,8 +136,10 @@ int main(void) {
     CALL(select(ends[1] + 1, &readable, NULL, NULL, NULL));
     SHOW(FD_ISSET(ends[0], &readable) != 0);
     FD_ZERO(&readable);
-    FD_SET(500, &readable);
-    CALL(select(501, &readable, NULL, NULL, &wait));
+    int closed = MUST(dup(ends[0]));
+    close(closed);
+    FD_SET(closed, &readable);
+    CALL(select(closed + 1, &readable, NULL, NULL, &wait));
     wait.tv_usec = 20000;
     before = now(CLOCK_MONOTONIC);
     CALL(select(0, NULL, NULL, NULL, &wait));
@@ -198,7 +200,7 @@ int main(void) {
 
     section("splice and tee");
     int to[2], from[2];
-    MUST(pipe(from)), MUST(pipe(to));
+    MUST(pipe(from)), MUST(pipe2(to, O_NONBLOCK));
     MUST(write(from[1], "through", 7));
     CALL(tee(from[0], to[1], 100, 0));
     CALL(splice(from[0], NULL, to[1], NULL, 100, 0));

@@ -261,7 +261,13 @@ int main(void) {
     close(other), close(server);
 
     section("quick reuse of a port");
-    server = listen_on(AF_INET, 4);
+    loopback(AF_INET);
+    server = MUST(socket(AF_INET, SOCK_STREAM, 0));
+    MUST(setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one));
+    MUST(bind(server, (void *)&address, length));
+    MUST(listen(server, 4));
+    socklen_t own_size = sizeof address;
+    MUST(getsockname(server, (void *)&address, &own_size));
     int fd = client();
     int accepted = MUST(accept(server, NULL, NULL));
     close(accepted);

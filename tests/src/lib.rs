@@ -92,13 +92,19 @@ impl Kiln {
         self.folder.path()
     }
 
+    /// The directory of the command's state.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.folder.path().join("state")
+    }
+
     /// The command, with arguments.
     #[must_use]
     pub fn command<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Command {
         let mut command = Command::new(kiln());
         command
             .args(arguments)
-            .env("KILN_STATE", self.folder.path().join("state"))
+            .env("KILN_STATE", self.state())
             .stdin(Stdio::null());
         command
     }
@@ -144,14 +150,26 @@ impl Kiln {
     /// # Panics
     ///
     /// When anything of that is otherwise.
-    pub fn fail<A: AsRef<OsStr>>(&self, code: i32, words: &[&str], arguments: impl IntoIterator<Item = A>) {
+    pub fn fail<A: AsRef<OsStr>>(
+        &self,
+        code: i32,
+        words: &[&str],
+        arguments: impl IntoIterator<Item = A>,
+    ) {
         let mut command = self.command(arguments);
         let outcome = run(&mut command, RUN_DEADLINE);
         assert_eq!(outcome.code(), code, "{command:?}\n{outcome}");
         for word in words {
-            assert!(outcome.errors.contains(word), "{command:?}: no word of {word}\n{outcome}");
+            assert!(
+                outcome.errors.contains(word),
+                "{command:?}: no word of {word}\n{outcome}"
+            );
         }
-        assert_eq!(self.succeed(["ps", "-q"]), "", "{command:?} has left an instance behind");
+        assert_eq!(
+            self.succeed(["ps", "-q"]),
+            "",
+            "{command:?} has left an instance behind"
+        );
     }
 }
 
@@ -319,7 +337,13 @@ pub fn get(port: u16, path: &str) -> Reply {
     need("curl");
     eventually(&format!("an answer from port {port}"), || {
         let output = Command::new("curl")
-            .args(["--silent", "--max-time", "30", "--write-out", "\\n%{http_code} %{content_type}"])
+            .args([
+                "--silent",
+                "--max-time",
+                "30",
+                "--write-out",
+                "\\n%{http_code} %{content_type}",
+            ])
             .arg(format!("http://127.0.0.1:{port}{path}"))
             .stdin(Stdio::null())
             .output()
@@ -327,8 +351,15 @@ pub fn get(port: u16, path: &str) -> Reply {
         let end = output.stdout.iter().rposition(|byte| *byte == b'\n')?;
         let (body, trailer) = output.stdout.split_at_checked(end)?;
         let trailer = String::from_utf8_lossy(trailer);
-        let (status, kind) = trailer.trim().split_once(' ').unwrap_or((trailer.trim(), ""));
+        let (status, kind) = trailer
+            .trim()
+            .split_once(' ')
+            .unwrap_or((trailer.trim(), ""));
         let status = status.parse().ok().filter(|_| output.status.success())?;
-        Some(Reply { status, kind: kind.to_owned(), body: body.to_vec() })
+        Some(Reply {
+            status,
+            kind: kind.to_owned(),
+            body: body.to_vec(),
+        })
     })
 }

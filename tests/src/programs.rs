@@ -120,7 +120,9 @@ pub fn compile(folder: &Path, name: &str, source: &str) -> PathBuf {
     let program = folder.join(name);
     fs::write(&text, source).expect("the source can be written");
     let outcome = run(
-        Command::new("cc").args(["-O1", "-pthread", "-o"]).args([&program, &text]),
+        Command::new("cc")
+            .args(["-O1", "-pthread", "-o"])
+            .args([&program, &text]),
         RUN_DEADLINE,
     );
     assert_eq!(outcome.code(), 0, "{outcome}");

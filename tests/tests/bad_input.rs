@@ -50,13 +50,19 @@ fn a_program_for_another_machine() {
 fn a_missing_library() {
     let kiln = Kiln::new();
     let folder = kiln.folder();
-    programs::compile(folder, "hello", HELLO);
     let compiler = |words: &[&str]| {
-        let status = std::process::Command::new("cc").args(words).current_dir(folder).status();
+        let status = std::process::Command::new("cc")
+            .args(words)
+            .current_dir(folder)
+            .status();
         assert!(status.is_ok_and(|status| status.success()), "cc {words:?}");
     };
     fs::write(folder.join("gone.c"), "int gone(void) { return 1; }").expect("a file");
-    fs::write(folder.join("needs.c"), "int gone(void); int main(void) { return gone(); }").expect("a file");
+    fs::write(
+        folder.join("needs.c"),
+        "int gone(void); int main(void) { return gone(); }",
+    )
+    .expect("a file");
     compiler(&["-shared", "-fPIC", "-o", "libkilngone.so", "gone.c"]);
     compiler(&["-o", "needs", "needs.c", "-L.", "-lkilngone"]);
     fs::remove_file(folder.join("libkilngone.so")).expect("it can go");
@@ -69,14 +75,22 @@ fn a_port_in_use() {
     let program = programs::compile(kiln.folder(), "hello", HELLO);
     let holder = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = holder.local_addr().expect("an address").port().to_string();
-    kiln.fail(1, &[&port], ["run", "-p", &format!("127.0.0.1:{port}:80"), text(&program)]);
+    kiln.fail(
+        1,
+        &[&port],
+        ["run", "-p", &format!("127.0.0.1:{port}:80"), text(&program)],
+    );
 }
 
 #[test]
 fn wrong_words() {
     let kiln = Kiln::new();
     let program = programs::compile(kiln.folder(), "hello", HELLO);
-    kiln.fail(2, &["-p"], ["run", "-p", "http", text(&program)]);
+    kiln.fail(
+        2,
+        &["http", "8080:80"],
+        ["run", "-p", "http", text(&program)],
+    );
     kiln.fail(2, &["70000"], ["run", "-p", "70000:80", text(&program)]);
     kiln.fail(2, &["plenty"], ["run", "-m", "plenty", text(&program)]);
     kiln.fail(2, &["magic"], ["run", "--engine", "magic", text(&program)]);
@@ -112,7 +126,11 @@ fn a_directory_without_an_index() {
     let kiln = Kiln::new();
     let folder = kiln.folder().join("empty");
     fs::create_dir(&folder).expect("a folder");
-    kiln.fail(2, &["empty", "index.html", "kiln.toml"], ["run", text(&folder)]);
+    kiln.fail(
+        2,
+        &["empty", "index.html", "kiln.toml"],
+        ["run", text(&folder)],
+    );
 }
 
 #[test]
@@ -128,8 +146,17 @@ fn an_unknown_key() {
 fn no_qemu() {
     let kiln = Kiln::new();
     let image = kiln.build(&programs::compile(kiln.folder(), "hello", HELLO));
-    let mut command = kiln.command(["run", "--engine", "qemu", text(&image)]);
-    let outcome = kiln_tests::run(command.env("PATH", "/nonexistent"), kiln_tests::RUN_DEADLINE);
+    // In a mount namespace where all its places are something else than a program.
+    let hide = "for place in /usr/bin/qemu-system-x86_64 /usr/local/bin/qemu-system-x86_64 /usr/libexec/qemu-kvm \
+        /usr/bin/qemu-kvm; do [ ! -e $place ] || mount --bind /dev/null $place || exit 99; done; exec \"$@\"";
+    let run = kiln.command(["run", "--engine", "qemu", text(&image)]);
+    let mut command = std::process::Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c", hide, "sh"])
+        .arg(run.get_program())
+        .args(run.get_args());
+    command.env("KILN_STATE", kiln.state());
+    let outcome = kiln_tests::run(&mut command, kiln_tests::RUN_DEADLINE);
     assert!([1, 2].contains(&outcome.code()), "{outcome}");
     assert!(outcome.errors.contains("qemu-system-x86"), "{outcome}");
 }

@@ -41,10 +41,24 @@ fn a_program_gets_what_the_run_says() {
     let image = kiln.build(&programs::compile(kiln.folder(), "teller", TELLER));
     for engine in engines() {
         let mut words = vec![
-            "run", "--engine", &engine, "-e", "GREETING=good morning", "-w", "/tmp", "--hostname", "potter", "--user",
+            "run",
+            "--engine",
+            &engine,
+            "-e",
+            "GREETING=good morning",
+            "-w",
+            "/tmp",
+            "--hostname",
+            "potter",
+            "--user",
             "12:34",
         ];
-        words.extend([image.to_str().expect("the path is text"), "--", "one", "two words"]);
+        words.extend([
+            image.to_str().expect("the path is text"),
+            "--",
+            "one",
+            "two words",
+        ]);
         let output = kiln.succeed(words);
         assert_eq!(
             output,
@@ -61,7 +75,11 @@ fn an_instance_from_start_to_removal() {
     let image = image.to_str().expect("the path is text");
     for engine in engines() {
         kiln.start("one", &["--engine", &engine, image, "--", "wait"]);
-        eventually("its output in the log", || kiln.succeed(["logs", "one"]).contains("greeting none").then_some(()));
+        eventually("its output in the log", || {
+            kiln.succeed(["logs", "one"])
+                .contains("greeting none")
+                .then_some(())
+        });
         assert_eq!(kiln.succeed(["ps", "-q"]), "one\n");
         assert!(kiln.succeed(["ps", "--json"]).contains("\"one\""));
         assert!(kiln.succeed(["inspect", "one"]).contains("one"));
@@ -77,7 +95,11 @@ fn an_instance_from_start_to_removal() {
 
         kiln.start("two", &["--engine", &engine, image, "--", "wait"]);
         kiln.succeed(["kill", "two"]);
-        eventually("its end", || kiln.succeed(["ps", "-q", "--running"]).is_empty().then_some(()));
+        eventually("its end", || {
+            kiln.succeed(["ps", "-q", "--running"])
+                .is_empty()
+                .then_some(())
+        });
         kiln.succeed(["rm", "two"]);
     }
 }
@@ -87,11 +109,24 @@ fn a_crash_is_reported() {
     let kiln = Kiln::new();
     let image = kiln.build(&programs::compile(kiln.folder(), "teller", TELLER));
     for engine in engines() {
-        let outcome = kiln.run(["run", "--engine", &engine, image.to_str().expect("the path is text"), "--", "crash"]);
+        let outcome = kiln.run([
+            "run",
+            "--engine",
+            &engine,
+            image.to_str().expect("the path is text"),
+            "--",
+            "crash",
+        ]);
         assert_eq!(outcome.code(), 139, "{engine}: {outcome}");
         let told = format!("{}{}", outcome.output, outcome.errors);
-        assert!(told.contains("SIGSEGV") && told.contains("0x2") && told.contains("rip"), "{engine}: {told}");
-        assert!(told.contains("main"), "{engine}: no symbol in the backtrace\n{told}");
+        assert!(
+            told.contains("SIGSEGV") && told.contains("0x2") && told.contains("rip"),
+            "{engine}: {told}"
+        );
+        assert!(
+            told.contains("main"),
+            "{engine}: no symbol in the backtrace\n{told}"
+        );
     }
 }
 
@@ -106,18 +141,35 @@ fn a_volume_is_the_hosts_directory_and_no_more() {
     let volume = format!("{}:/data", shared.display());
     for engine in engines() {
         let run = |words: &[&str]| {
-            let mut all = vec!["run", "--engine", &engine, "-v", &volume, image.to_str().expect("the path is text"), "--"];
+            let mut all = vec![
+                "run",
+                "--engine",
+                &engine,
+                "-v",
+                &volume,
+                image.to_str().expect("the path is text"),
+                "--",
+            ];
             all.extend(words);
             kiln.run(all)
         };
         let outcome = run(&["write", "/data/out", "/data/in"]);
         assert_eq!(outcome.code(), 0, "{engine}: {outcome}");
-        assert!(outcome.output.contains("found from outside"), "{engine}: {outcome}");
-        assert_eq!(fs::read_to_string(shared.join("out")).expect("a file"), "written inside");
+        assert!(
+            outcome.output.contains("found from outside"),
+            "{engine}: {outcome}"
+        );
+        assert_eq!(
+            fs::read_to_string(shared.join("out")).expect("a file"),
+            "written inside"
+        );
         fs::remove_file(shared.join("out")).expect("it can go");
         std::os::unix::fs::symlink("../secret", shared.join("way-out")).expect("a link");
         let outcome = run(&["write", "/data/out", "/data/way-out"]);
-        assert!(!outcome.output.contains("found secret"), "{engine}: {outcome}");
+        assert!(
+            !outcome.output.contains("found secret"),
+            "{engine}: {outcome}"
+        );
         fs::remove_file(shared.join("way-out")).expect("it can go");
     }
 }
@@ -135,5 +187,9 @@ fn images_are_kept_by_name_until_removed() {
 
 #[test]
 fn the_version_is_said() {
-    assert!(Kiln::new().succeed(["version"]).contains(env!("CARGO_PKG_VERSION")));
+    assert!(
+        Kiln::new()
+            .succeed(["version"])
+            .contains(env!("CARGO_PKG_VERSION"))
+    );
 }

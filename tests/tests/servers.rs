@@ -13,7 +13,12 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 fn client(program: &str, port: u16, words: &[&str]) -> String {
     need(program);
-    let outcome = run(Command::new(program).args(["-p", &port.to_string()]).args(words), LIMIT);
+    let outcome = run(
+        Command::new(program)
+            .args(["-p", &port.to_string()])
+            .args(words),
+        LIMIT,
+    );
     assert_eq!(outcome.code(), 0, "{program} {words:?}\n{outcome}");
     outcome.output
 }
@@ -26,26 +31,58 @@ fn redis(engine: &[&str]) {
     let mut words = vec!["-p", &publish];
     words.extend(engine);
     words.extend([
-        "/usr/bin/redis-server", "--", "--save", "", "--appendonly", "no", "--protected-mode", "no",
+        "/usr/bin/redis-server",
+        "--",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--protected-mode",
+        "no",
     ]);
     kiln.start("redis", &words);
     eventually("redis", || {
-        let outcome = run(Command::new("redis-cli").args(["-p", &port.to_string(), "ping"]), LIMIT);
+        let outcome = run(
+            Command::new("redis-cli").args(["-p", &port.to_string(), "ping"]),
+            LIMIT,
+        );
         outcome.output.contains("PONG").then_some(())
     });
-    assert_eq!(client("redis-cli", port, &["set", "foo", "bar"]).trim(), "OK");
+    assert_eq!(
+        client("redis-cli", port, &["set", "foo", "bar"]).trim(),
+        "OK"
+    );
     assert_eq!(client("redis-cli", port, &["get", "foo"]).trim(), "bar");
-    assert_eq!(client("redis-cli", port, &["incrby", "count", "5"]).trim(), "5");
+    assert_eq!(
+        client("redis-cli", port, &["incrby", "count", "5"]).trim(),
+        "5"
+    );
     assert!(client("redis-cli", port, &["info", "server"]).contains("redis_version:"));
-    let report = client("redis-benchmark", port, &["-t", "get,set", "-n", "10000", "-P", "4", "-q"]);
-    assert!(report.contains("GET:") && !report.contains("rror"), "{report}");
+    let report = client(
+        "redis-benchmark",
+        port,
+        &["-t", "get,set", "-n", "10000", "-P", "4", "-q"],
+    );
+    assert!(
+        report.contains("GET:") && !report.contains("rror"),
+        "{report}"
+    );
     // A value larger than any buffer on the way.
     let large = "x".repeat(100_000);
-    assert_eq!(client("redis-cli", port, &["set", "large", &large]).trim(), "OK");
+    assert_eq!(
+        client("redis-cli", port, &["set", "large", &large]).trim(),
+        "OK"
+    );
     assert_eq!(client("redis-cli", port, &["get", "large"]).trim(), large);
-    assert!(kiln.succeed(["logs", "redis"]).contains("Ready to accept connections"));
+    assert!(
+        kiln.succeed(["logs", "redis"])
+            .contains("Ready to accept connections")
+    );
     kiln.succeed(["stop", "redis"]);
-    assert!(kiln.succeed(["logs", "redis"]).contains("ready to exit"), "redis was not asked to stop");
+    assert!(
+        kiln.succeed(["logs", "redis"]).contains("ready to exit"),
+        "redis was not asked to stop"
+    );
     kiln.succeed(["rm", "redis"]);
 }
 
@@ -68,7 +105,9 @@ fn nginx_project(folder: &Path) -> PathBuf {
     need("nginx");
     let project = folder.join("nginx");
     fs::create_dir_all(project.join("www")).expect("a folder");
-    let large: Vec<u8> = (0..3_000_000_u32).map(|index| (index % 251) as u8).collect();
+    let large: Vec<u8> = (0..3_000_000_u32)
+        .map(|index| (index % 251) as u8)
+        .collect();
     fs::write(project.join("www/large.bin"), large).expect("a file");
     fs::write(project.join("www/index.html"), "<h1>nginx</h1>").expect("a file");
     fs::write(
@@ -100,14 +139,20 @@ fn nginx(engine: &[&str]) {
     assert_eq!(get(port, "/").body, b"<h1>nginx</h1>");
     assert_eq!(get(port, "/none").status, 404);
     let large = get(port, "/large.bin");
-    assert!(large.body == fs::read(project.join("www/large.bin")).expect("a file"), "other bytes");
+    assert!(
+        large.body == fs::read(project.join("www/large.bin")).expect("a file"),
+        "other bytes"
+    );
     need("wrk");
     let load = run(
         Command::new("wrk").args(["-t1", "-c50", "-d2s", &format!("http://127.0.0.1:{port}/")]),
         LIMIT,
     );
     assert!(load.output.contains("requests in"), "{load}");
-    assert!(!load.output.contains("Non-2xx") && !load.output.contains("Socket errors"), "{load}");
+    assert!(
+        !load.output.contains("Non-2xx") && !load.output.contains("Socket errors"),
+        "{load}"
+    );
     assert_eq!(get(port, "/").status, 200);
     kiln.succeed(["stop", "nginx"]);
 }

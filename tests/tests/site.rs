@@ -15,16 +15,30 @@ fn serves_the_example(engine: &[&str]) {
     words.push(image.to_str().expect("the path is text"));
     kiln.start("site", &words);
 
-    let file = |path: &str| fs::read(workspace().join("examples/site/_site").join(path)).expect("a file of the site");
+    let file = |path: &str| {
+        fs::read(workspace().join("examples/site/_site").join(path)).expect("a file of the site")
+    };
     for (path, name, kind) in [
         ("/", "index.html", "text/html; charset=utf-8"),
         ("/about/", "about/index.html", "text/html; charset=utf-8"),
         ("/about", "about/index.html", "text/html; charset=utf-8"),
-        ("/2025/03/virtio-in-five-minutes/", "2025/03/virtio-in-five-minutes/index.html", "text/html; charset=utf-8"),
+        (
+            "/2025/03/virtio-in-five-minutes/",
+            "2025/03/virtio-in-five-minutes/index.html",
+            "text/html; charset=utf-8",
+        ),
         ("/feed.xml", "feed.xml", "text/xml; charset=utf-8"),
         ("/assets/kiln.png", "assets/kiln.png", "image/png"),
-        ("/assets/logo.svg", "assets/logo.svg", "image/svg+xml; charset=utf-8"),
-        ("/assets/style.css", "assets/style.css", "text/css; charset=utf-8"),
+        (
+            "/assets/logo.svg",
+            "assets/logo.svg",
+            "image/svg+xml; charset=utf-8",
+        ),
+        (
+            "/assets/style.css",
+            "assets/style.css",
+            "text/css; charset=utf-8",
+        ),
     ] {
         let reply = get(port, path);
         assert_eq!((reply.status, reply.kind.as_str()), (200, kind), "{path}");
@@ -65,7 +79,14 @@ fn a_directory_with_an_index_needs_no_configuration() {
     fs::create_dir(&folder).expect("a folder");
     fs::write(folder.join("index.html"), "<h1>plain</h1>").expect("a page");
     let port = free_port();
-    kiln.start("pages", &["-p", &format!("{port}:80"), folder.to_str().expect("the path is text")]);
+    kiln.start(
+        "pages",
+        &[
+            "-p",
+            &format!("{port}:80"),
+            folder.to_str().expect("the path is text"),
+        ],
+    );
     assert_eq!(get(port, "/").body, b"<h1>plain</h1>");
 }
 
@@ -74,9 +95,14 @@ fn interrupting_stops_it_gracefully() {
     let kiln = Kiln::new();
     let port = free_port();
     let mut command = kiln.command(["run", "-p", &format!("{port}:80")]);
-    let mut process = command.arg(workspace().join("examples/site")).spawn().expect("it starts");
+    let mut process = command
+        .arg(workspace().join("examples/site"))
+        .spawn()
+        .expect("it starts");
     assert_eq!(get(port, "/").status, 200);
-    let sent = Command::new("kill").args(["-s", "INT", &process.id().to_string()]).status();
+    let sent = Command::new("kill")
+        .args(["-s", "INT", &process.id().to_string()])
+        .status();
     assert!(sent.is_ok_and(|status| status.success()));
     let status = wait(&mut process, EVENT_DEADLINE);
     let _ = process.kill();
@@ -91,5 +117,8 @@ fn images_are_the_same_bytes_each_time() {
     let first = fs::read(&image).expect("an image");
     fs::remove_file(&image).expect("it can go");
     let again = kiln.build(&workspace().join("examples/site"));
-    assert!(first == fs::read(again).expect("an image"), "two builds differ");
+    assert!(
+        first == fs::read(again).expect("an image"),
+        "two builds differ"
+    );
 }
