@@ -223,7 +223,6 @@ async fn serve(stream: TcpStream, client: IpAddr, site: Arc<Site>, log: bool, wa
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES)
-        .pipeline_flush(true)
         .serve_connection(TokioIo::new(stream), service);
     // A client that goes away or speaks nonsense ends its own connection only.
     let _ = watcher.watch(connection).await;
