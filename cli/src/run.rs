@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use kiln_abi::configuration::RunConfiguration;
+use kiln_abi::host::exit_code;
 use kiln_abi::manifest::{Manifest, Protocol};
 use kiln_monitor::arguments::{
     Publish, format_memory, parse_environment, parse_memory, parse_name, parse_network_address,
@@ -334,13 +335,30 @@ fn foreground(
         instance.remove()?;
     }
     let ended = outcome?;
+    if !ended.started && ended.code != exit_code::KERNEL_PANIC {
+        return Err(not_started(&ended, ""));
+    }
     if let Some(reason) = &ended.reason {
         eprintln!("kiln: error: {reason}");
     }
-    Ok(exit_code(&ended))
+    Ok(passed_on(&ended))
 }
 
-fn exit_code(ended: &Ended) -> ExitCode {
+/// A program that never began is Kiln's failure, with Kiln's exit codes. `console` is what was not shown yet.
+fn not_started(ended: &Ended, console: &str) -> Failure {
+    let reason = ended
+        .reason
+        .as_deref()
+        .unwrap_or("the unikernel ended before its program began");
+    Failure {
+        message: format!("{reason}\n{console}"),
+        help: None,
+        // The kernel did its part: the image or the options are wrong.
+        input: ended.code == exit_code::CANNOT_START,
+    }
+}
+
+fn passed_on(ended: &Ended) -> ExitCode {
     ExitCode::from(u8::try_from(ended.code & 0xff).unwrap_or(1))
 }
 
@@ -496,14 +514,15 @@ pub fn monitor(arguments: &MonitorArguments) -> Result<ExitCode, Failure> {
     if !started {
         let report = match &outcome {
             Ok(ended) => {
-                let reason = ended
-                    .reason
-                    .clone()
-                    .unwrap_or_else(|| format!("it ended with code {}", ended.code));
+                let Failure {
+                    message,
+                    help,
+                    input,
+                } = not_started(ended, &said);
                 Report::Failed {
-                    message: format!("the program did not start: {reason}\n{said}"),
-                    help: None,
-                    input: false,
+                    message,
+                    help,
+                    input,
                 }
             }
             Err(error) => Report::Failed {
@@ -515,7 +534,7 @@ pub fn monitor(arguments: &MonitorArguments) -> Result<ExitCode, Failure> {
         reporter.report(&report);
     }
     match outcome {
-        Ok(ended) => Ok(exit_code(&ended)),
+        Ok(ended) => Ok(passed_on(&ended)),
         Err(error) => Err(error.into()),
     }
 }

@@ -22,6 +22,7 @@ use kiln_abi::configuration::{Network, Volume};
 use kiln_abi::host::exit_code;
 use kiln_abi::link::{CONTROL, FIRST_VOLUME, ToKernel, ToMonitor};
 use kiln_abi::manifest::Protocol;
+use kiln_abi::process::{EXIT_MEMORY, EXIT_SHIM};
 use kiln_network::UserNetwork;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
@@ -223,6 +224,7 @@ struct Monitor<'a> {
     input_ready: bool,
     /// The link's descriptor is watched for room.
     link_watched: bool,
+    link_closed: bool,
     sockets_paused: bool,
     retry: Option<Instant>,
     exited: Option<i32>,
@@ -265,7 +267,10 @@ impl<'a> Monitor<'a> {
             } => {
                 let (ours, theirs) =
                     UnixStream::pair().map_err(Error::io("make the frame stream"))?;
-                let plan = direct::plan(mac, addresses, gateways, configuration)?;
+                let mut plan = direct::plan(mac, addresses, gateways, configuration)?;
+                if engine.name() == PROCESS {
+                    plan.mtu = kiln_network::LOCAL_MTU;
+                }
                 let started = direct::start(&plan, ours, &mut ports)?;
                 // A process learns all from its configuration; a machine asks, as it does without Kiln.
                 let network = if engine.name() == PROCESS || !addresses.is_empty() {
@@ -368,6 +373,7 @@ impl<'a> Monitor<'a> {
             input: None,
             input_ready: false,
             link_watched: false,
+            link_closed: false,
             sockets_paused: false,
             retry: None,
             exited: None,
@@ -426,7 +432,9 @@ impl<'a> Monitor<'a> {
             let mut ended = false;
             for event in events.drain(..) {
                 let code = event.data.u64();
-                ended |= self.handle(code >> KIND_SHIFT, code & NUMBER_MASK)?;
+                let flags = event.flags;
+                let gone = flags.intersects(EventFlags::HUP | EventFlags::ERR);
+                ended |= self.handle(code >> KIND_SHIFT, code & NUMBER_MASK, gone)?;
             }
             if ended {
                 return self.finish();
@@ -445,7 +453,7 @@ impl<'a> Monitor<'a> {
             self.read_input()?;
         }
         let full = self.sender.pending() > 0;
-        if full != self.link_watched {
+        if full != self.link_watched && !self.link_closed {
             let mut flags = match self.messages {
                 Messages::Link(_) => EventFlags::IN,
                 Messages::Thread(..) => EventFlags::empty(),
@@ -500,13 +508,16 @@ impl<'a> Monitor<'a> {
         Ok(())
     }
 
-    /// Handles one event. True when the engine's process has ended.
-    fn handle(&mut self, kind: u64, number: u64) -> Result<bool, Error> {
+    /// Handles one event; `gone`: the other end is closed. True when the engine's process has ended.
+    fn handle(&mut self, kind: u64, number: u64, gone: bool) -> Result<bool, Error> {
         let link_failed = || Error::io("speak to the kernel");
         match kind {
             wake::LINK => {
                 self.sender.flush().map_err(link_failed())?;
                 self.read_link()?;
+                if gone {
+                    self.close_link();
+                }
             }
             wake::MESSAGES => self.take_messages()?,
             wake::CONSOLE => self.read_console()?,
@@ -567,9 +578,7 @@ impl<'a> Monitor<'a> {
                 Fill::Bytes => {}
                 Fill::Blocked => return Ok(()),
                 Fill::End => {
-                    // The process's end tells the rest.
-                    self.poller.forget(self.sender.socket());
-                    self.link_watched = self.sender.pending() > 0;
+                    self.close_link();
                     return Ok(());
                 }
             }
@@ -589,6 +598,13 @@ impl<'a> Monitor<'a> {
                 let message = decode(frame.payload)?;
                 self.obey(message)?;
             }
+        }
+    }
+
+    /// The kernel has closed its end: there is nothing to wait for but the end of its process.
+    fn close_link(&mut self) {
+        if !std::mem::replace(&mut self.link_closed, true) {
+            self.poller.forget(self.sender.socket());
         }
     }
 
@@ -956,13 +972,25 @@ fn judge(end: &End, exited: Option<i32>, started: bool, killed: bool) -> Ended {
         reason,
     };
     match (exited, end) {
-        (Some(code), _) => ended(code & 0xff, None),
+        (Some(code), _) if started => ended(code & 0xff, None),
         (None, End::Exited(exit_code::KERNEL_PANIC)) => ended(
             exit_code::KERNEL_PANIC,
             Some("the kernel panicked; its last words are in the log".to_owned()),
         ),
+        (None, End::Exited(EXIT_MEMORY)) => ended(
+            EXIT_MEMORY,
+            Some("it took more memory than it was given; give it more with -m".to_owned()),
+        ),
         (None, End::Exited(code)) if started => ended(code & 0xff, None),
-        (None, End::Exited(code)) => ended(
+        (None, End::Exited(EXIT_SHIM)) => ended(
+            EXIT_SHIM,
+            Some("the kernel could not be started; the console says why".to_owned()),
+        ),
+        (Some(exit_code::CANNOT_START), _) | (None, End::Exited(exit_code::CANNOT_START)) => ended(
+            exit_code::CANNOT_START,
+            Some("the program could not be started; the console says why".to_owned()),
+        ),
+        (Some(code), _) | (None, &End::Exited(code)) => ended(
             code & 0xff,
             Some(format!(
                 "the unikernel ended with code {code} before its program began"
@@ -1496,6 +1524,35 @@ mod tests {
             }
         );
         commander.join().unwrap();
+    }
+
+    #[test]
+    fn a_kernel_may_close_its_link_before_it_ends() {
+        let scratch = Scratch::new();
+        let shared = scratch.0.path().join("shared");
+        std::fs::create_dir_all(&shared).unwrap();
+        for volumes in [Vec::new(), vec![shared]] {
+            let (outcome, _) = run_fake(
+                &scratch.0,
+                |configuration| {
+                    configuration.volumes = volumes
+                        .into_iter()
+                        .map(|host| crate::arguments::VolumeMount {
+                            host,
+                            path: "/data".to_owned(),
+                            read_only: false,
+                        })
+                        .collect();
+                },
+                |kernel| {
+                    kernel.say(&ToMonitor::Started);
+                    kernel.link.shutdown(std::net::Shutdown::Both).unwrap();
+                    End::Exited(5)
+                },
+            );
+            assert_eq!(outcome.unwrap().code, 5);
+            scratch.0.open("test").unwrap().remove().unwrap();
+        }
     }
 
     #[test]
