@@ -9,8 +9,8 @@
 use core::ffi::c_int;
 
 use kiln_abi::host::{
-    Event, HostInterface, KERNEL_RANGE_END, KERNEL_RANGE_START, Message, PAGE_SIZE, PROGRAM_END, PROGRAM_START,
-    Protection, Registration, Slice, Source,
+    Event, HostInterface, KERNEL_RANGE_END, KERNEL_RANGE_START, Message, PAGE_SIZE, PROGRAM_END,
+    PROGRAM_START, Protection, Registration, Slice, Source,
 };
 
 use crate::{Errno, Result};
@@ -58,7 +58,14 @@ impl Host {
         offset: u64,
     ) -> Result<()> {
         Self::check_program_range(address, length)?;
-        Errno::check((self.table.map)(address, length, protection.bits(), source as u32, offset)).map(drop)
+        Errno::check((self.table.map)(
+            address,
+            length,
+            protection.bits(),
+            source as u32,
+            offset,
+        ))
+        .map(drop)
     }
 
     /// Unmaps memory of the program.
@@ -107,7 +114,14 @@ impl Host {
         if address < KERNEL_RANGE_START || end > KERNEL_RANGE_END {
             return Err(Errno::EINVAL);
         }
-        Errno::check((self.table.map)(address, length, protection.bits(), source as u32, offset)).map(drop)
+        Errno::check((self.table.map)(
+            address,
+            length,
+            protection.bits(),
+            source as u32,
+            offset,
+        ))
+        .map(drop)
     }
 
     /// Gives pages of the kernel's own window back (they read as zeros again).
@@ -191,7 +205,11 @@ impl Host {
     ///
     /// # Errors
     /// As `sendmsg(2)`.
-    pub unsafe fn descriptor_send_raw(&self, descriptor: c_int, message: &Message) -> Result<usize> {
+    pub unsafe fn descriptor_send_raw(
+        &self,
+        descriptor: c_int,
+        message: &Message,
+    ) -> Result<usize> {
         Errno::check((self.table.descriptor_send)(descriptor, message))
     }
 
@@ -202,7 +220,11 @@ impl Host {
     ///
     /// # Errors
     /// As `recvmsg(2)`.
-    pub unsafe fn descriptor_receive_raw(&self, descriptor: c_int, message: &mut Message) -> Result<usize> {
+    pub unsafe fn descriptor_receive_raw(
+        &self,
+        descriptor: c_int,
+        message: &mut Message,
+    ) -> Result<usize> {
         Errno::check((self.table.descriptor_receive)(descriptor, message))
     }
 
@@ -211,7 +233,10 @@ impl Host {
     /// # Errors
     /// As `sendmsg(2)`; `EAGAIN` when there is no room.
     pub fn descriptor_send(&self, descriptor: c_int, bytes: &[u8]) -> Result<usize> {
-        let slice = Slice { address: bytes.as_ptr() as usize, length: bytes.len() };
+        let slice = Slice {
+            address: bytes.as_ptr() as usize,
+            length: bytes.len(),
+        };
         let message = Message {
             slices: &slice,
             slice_count: 1,
@@ -236,7 +261,10 @@ impl Host {
         bytes: &mut [u8],
         descriptors: &mut [i32],
     ) -> Result<(usize, usize)> {
-        let slice = Slice { address: bytes.as_mut_ptr() as usize, length: bytes.len() };
+        let slice = Slice {
+            address: bytes.as_mut_ptr() as usize,
+            length: bytes.len(),
+        };
         let mut message = Message {
             slices: &slice,
             slice_count: 1,
@@ -248,7 +276,10 @@ impl Host {
         };
         // SAFETY: slice and descriptors are borrowed mutably for the call.
         let count = unsafe { self.descriptor_receive_raw(descriptor, &mut message)? };
-        Ok((count, (message.descriptor_count as usize).min(descriptors.len())))
+        Ok((
+            count,
+            (message.descriptor_count as usize).min(descriptors.len()),
+        ))
     }
 
     /// `shutdown(2)`.
@@ -266,4 +297,73 @@ impl Host {
     pub fn descriptor_close(&self, descriptor: c_int) -> Result<()> {
         Errno::check((self.table.descriptor_close)(descriptor)).map(drop)
     }
+}
+
+/// A host for tests: its calls succeed and do nothing; there is never an event.
+#[cfg(test)]
+pub mod quiet {
+    use kiln_abi::host::{Event, HostInterface, Message, Registration};
+
+    extern "C" fn register(_: &Registration) -> isize {
+        0
+    }
+    extern "C" fn map(_: usize, _: usize, _: u32, _: u32, _: u64) -> isize {
+        0
+    }
+    extern "C" fn range(_: usize, _: usize) -> isize {
+        0
+    }
+    extern "C" fn protect(_: usize, _: usize, _: u32) -> isize {
+        0
+    }
+    extern "C" fn clock() -> u64 {
+        0
+    }
+    extern "C" fn set_timer(_: u64) {}
+    extern "C" fn wait(_: *mut Event, _: usize, _: u64) -> isize {
+        0
+    }
+    extern "C" fn console_write(_: *const u8, length: usize) -> isize {
+        length as isize
+    }
+    extern "C" fn entropy(_: *mut u8, _: usize) -> isize {
+        0
+    }
+    extern "C" fn exit(_: i32) -> ! {
+        panic!("exit")
+    }
+    extern "C" fn descriptor(_: i32) -> isize {
+        0
+    }
+    extern "C" fn send(_: i32, _: &Message) -> isize {
+        -11
+    }
+    extern "C" fn receive(_: i32, _: &mut Message) -> isize {
+        -11
+    }
+    extern "C" fn shutdown(_: i32, _: u32) -> isize {
+        0
+    }
+
+    /// The calls.
+    pub static TABLE: HostInterface = HostInterface {
+        register,
+        map,
+        unmap: range,
+        protect,
+        discard: range,
+        memory_used: clock,
+        monotonic: clock,
+        realtime: clock,
+        set_timer,
+        wait,
+        console_write,
+        entropy,
+        exit,
+        descriptor_watch: descriptor,
+        descriptor_send: send,
+        descriptor_receive: receive,
+        descriptor_shutdown: shutdown,
+        descriptor_close: descriptor,
+    };
 }

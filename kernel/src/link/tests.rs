@@ -5,73 +5,6 @@ use super::*;
 use alloc::vec;
 use kiln_abi::link::HEADER;
 
-/// The host of the tests: none of its calls does anything.
-mod nothing {
-    use kiln_abi::host::{Event, HostInterface, Message, Registration};
-
-    extern "C" fn register(_: &Registration) -> isize {
-        0
-    }
-    extern "C" fn map(_: usize, _: usize, _: u32, _: u32, _: u64) -> isize {
-        -12
-    }
-    extern "C" fn range(_: usize, _: usize) -> isize {
-        0
-    }
-    extern "C" fn protect(_: usize, _: usize, _: u32) -> isize {
-        0
-    }
-    extern "C" fn clock() -> u64 {
-        0
-    }
-    extern "C" fn set_timer(_: u64) {}
-    extern "C" fn wait(_: *mut Event, _: usize, _: u64) -> isize {
-        0
-    }
-    extern "C" fn console_write(_: *const u8, length: usize) -> isize {
-        length as isize
-    }
-    extern "C" fn entropy(_: *mut u8, _: usize) -> isize {
-        0
-    }
-    extern "C" fn exit(_: i32) -> ! {
-        panic!("exit")
-    }
-    extern "C" fn descriptor(_: i32) -> isize {
-        0
-    }
-    extern "C" fn send(_: i32, _: &Message) -> isize {
-        -11
-    }
-    extern "C" fn receive(_: i32, _: &mut Message) -> isize {
-        -11
-    }
-    extern "C" fn shutdown(_: i32, _: u32) -> isize {
-        0
-    }
-
-    pub static TABLE: HostInterface = HostInterface {
-        register,
-        map,
-        unmap: range,
-        protect,
-        discard: range,
-        memory_used: clock,
-        monotonic: clock,
-        realtime: clock,
-        set_timer,
-        wait,
-        console_write,
-        entropy,
-        exit,
-        descriptor_watch: descriptor,
-        descriptor_send: send,
-        descriptor_receive: receive,
-        descriptor_shutdown: shutdown,
-        descriptor_close: descriptor,
-    };
-}
-
 /// A stream whose other end is the test.
 #[derive(Default)]
 struct Fake {
@@ -93,7 +26,11 @@ impl ByteStream for Fake {
     fn receive(&self, bytes: &mut [u8], descriptors: &mut [i32]) -> Result<(usize, usize)> {
         let mut incoming = self.incoming.lock();
         let Some((piece, numbers)) = incoming.front_mut() else {
-            return if *self.ended.lock() { Ok((0, 0)) } else { Err(Errno::EAGAIN) };
+            return if *self.ended.lock() {
+                Ok((0, 0))
+            } else {
+                Err(Errno::EAGAIN)
+            };
         };
         let count = piece.len().min(bytes.len());
         bytes[..count].copy_from_slice(&piece[..count]);
@@ -129,7 +66,9 @@ struct Heard {
 
 impl Receiver for Heard {
     fn receive(&self, message: ToKernel, descriptor: Option<HostDescriptor>) {
-        self.messages.lock().push((message, descriptor.map(HostDescriptor::into_raw)));
+        self.messages
+            .lock()
+            .push((message, descriptor.map(HostDescriptor::into_raw)));
     }
 
     fn disconnected(&self) {
@@ -148,16 +87,22 @@ fn control(message: &ToKernel) -> Vec<u8> {
 }
 
 fn setup() -> (Arc<Fake>, Arc<Events>, Arc<Link>, Arc<Heard>) {
-    let fake = Arc::new(Fake { room: Mutex::new(usize::MAX), ..Fake::default() });
+    let fake = Arc::new(Fake {
+        room: Mutex::new(usize::MAX),
+        ..Fake::default()
+    });
     let events = Arc::new(Events::new());
-    let link = Link::new(fake.clone(), Host::new(&nothing::TABLE), &events);
+    let link = Link::new(fake.clone(), Host::new(&crate::host::quiet::TABLE), &events);
     let heard = Arc::new(Heard::default());
     link.set_receiver(heard.clone());
     (fake, events, link, heard)
 }
 
 fn accepted() -> ToKernel {
-    ToKernel::Accepted { local: "1.2.3.4:5".parse().unwrap(), peer: "6.7.8.9:10".parse().unwrap() }
+    ToKernel::Accepted {
+        local: "1.2.3.4:5".parse().unwrap(),
+        peer: "6.7.8.9:10".parse().unwrap(),
+    }
 }
 
 #[test]
@@ -165,7 +110,12 @@ fn messages_come_in_order_with_their_descriptors_however_they_are_cut() {
     for step in 1..40 {
         let (fake, events, _link, heard) = setup();
         let mut bytes = Vec::new();
-        for message in [ToKernel::Signal { signal: 15 }, accepted(), ToKernel::Input(vec![1, 2]), accepted()] {
+        for message in [
+            ToKernel::Signal { signal: 15 },
+            accepted(),
+            ToKernel::Input(vec![1, 2]),
+            accepted(),
+        ] {
             bytes.extend(control(&message));
         }
         for (index, piece) in bytes.chunks(step).enumerate() {
@@ -191,10 +141,20 @@ fn a_request_waits_for_its_own_reply_and_keeps_the_rest() {
     other[8..16].copy_from_slice(&8u64.to_le_bytes());
     let mut reply = vec![0u8; 50];
     reply[8..16].copy_from_slice(&9u64.to_le_bytes());
-    *fake.answer.lock() =
-        vec![control(&ToKernel::Signal { signal: 1 }), frame(2, &other), frame(3, &reply), frame(2, &reply)];
-    assert_eq!(link.call(2, &[&request[..10], &request[10..]]).unwrap(), reply);
-    assert!(heard.messages.lock().is_empty(), "nothing is delivered from inside a request");
+    *fake.answer.lock() = vec![
+        control(&ToKernel::Signal { signal: 1 }),
+        frame(2, &other),
+        frame(3, &reply),
+        frame(2, &reply),
+    ];
+    assert_eq!(
+        link.call(2, &[&request[..10], &request[10..]]).unwrap(),
+        reply
+    );
+    assert!(
+        heard.messages.lock().is_empty(),
+        "nothing is delivered from inside a request"
+    );
     assert!(events.has_deferred());
     events.dispatch_deferred();
     assert_eq!(heard.messages.lock().len(), 1);
@@ -210,20 +170,38 @@ fn what_the_stream_does_not_take_waits() {
     link.post(1, &[&[7; 100]]).unwrap();
     assert!(fake.outgoing.lock().is_empty());
     *fake.room.lock() = 7;
-    events.dispatch(Event { source: 3, flags: event_flags::WRITABLE });
-    let expected = [frame(CONTROL, &postcard::to_allocvec(&ToMonitor::Started).unwrap()), frame(1, &[7; 100])].concat();
+    events.dispatch(Event {
+        source: 3,
+        flags: event_flags::WRITABLE,
+    });
+    let expected = [
+        frame(
+            CONTROL,
+            &postcard::to_allocvec(&ToMonitor::Started).unwrap(),
+        ),
+        frame(1, &[7; 100]),
+    ]
+    .concat();
     assert_eq!(*fake.outgoing.lock(), expected);
-    assert_eq!(link.post(1, &[&vec![0; MAX_PAYLOAD as usize + 1]]), Err(Errno::EMSGSIZE));
+    assert_eq!(
+        link.post(1, &[&vec![0; MAX_PAYLOAD as usize + 1]]),
+        Err(Errno::EMSGSIZE)
+    );
 }
 
 #[test]
 fn the_end_is_told_once_and_fails_requests() {
     let (fake, events, link, heard) = setup();
-    fake.incoming.lock().push_back((control(&ToKernel::Signal { signal: 2 }), Vec::new()));
+    fake.incoming
+        .lock()
+        .push_back((control(&ToKernel::Signal { signal: 2 }), Vec::new()));
     *fake.ended.lock() = true;
     assert_eq!(link.call(1, &[&[0; 16]]), Err(Errno::EIO));
     events.dispatch_deferred();
-    events.dispatch(Event { source: 3, flags: 1 });
+    events.dispatch(Event {
+        source: 3,
+        flags: 1,
+    });
     assert_eq!(heard.messages.lock().len(), 1);
     assert_eq!(*heard.gone.lock(), 1);
     assert_eq!(link.post(1, &[&[1]]), Err(Errno::EIO));
@@ -239,16 +217,24 @@ fn noise_is_dropped_or_ends_the_link_but_never_panics() {
             state ^= state >> 7;
             state ^= state << 17;
             let length = (state % 97) as usize;
-            let noise: Vec<u8> = (0..length).map(|index| (state >> (index % 57)) as u8).collect();
+            let noise: Vec<u8> = (0..length)
+                .map(|index| (state >> (index % 57)) as u8)
+                .collect();
             // Half of the time a well-formed frame with noise inside, on a low channel.
-            let piece = if state % 2 == 0 { noise } else { frame((state >> 60) as u32, &noise) };
+            let piece = if state % 2 == 0 {
+                noise
+            } else {
+                frame((state >> 60) as u32, &noise)
+            };
             let numbers = if round % 3 == 0 { vec![99] } else { Vec::new() };
             fake.incoming.lock().push_back((piece, numbers));
         }
         events.dispatch_deferred();
     }
     let (fake, events, link, heard) = setup();
-    fake.incoming.lock().push_back((header(0, MAX_PAYLOAD + 1).to_vec(), Vec::new()));
+    fake.incoming
+        .lock()
+        .push_back((header(0, MAX_PAYLOAD + 1).to_vec(), Vec::new()));
     events.dispatch_deferred();
     assert_eq!(*heard.gone.lock(), 1);
     assert_eq!(link.post(0, &[&[]]), Err(Errno::EIO));

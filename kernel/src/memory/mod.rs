@@ -3,6 +3,8 @@
 //! The host interface provides the pages; this module keeps the ranges ([`AddressSpace`]) and chooses addresses. It
 //! never looks at page contents except to copy file bytes that cannot be mapped in place.
 
+#[cfg(test)]
+mod tests;
 pub mod user;
 
 use alloc::{
@@ -35,7 +37,9 @@ const MAP_START: usize = 0x1_0000_0000;
 /// `length` rounded up to whole pages; `None` when that overflows.
 #[must_use]
 pub fn page_round_up(length: usize) -> Option<usize> {
-    length.checked_add(PAGE_SIZE - 1).map(|sum| sum & !(PAGE_SIZE - 1))
+    length
+        .checked_add(PAGE_SIZE - 1)
+        .map(|sum| sum & !(PAGE_SIZE - 1))
 }
 
 bitflags! {
@@ -95,7 +99,8 @@ impl Area {
             && match (&self.file, &next.file) {
                 (None, None) => true,
                 (Some(a), Some(b)) => {
-                    Arc::ptr_eq(&a.inode, &b.inode) && a.offset + (self.end - self.start) as u64 == b.offset
+                    Arc::ptr_eq(&a.inode, &b.inode)
+                        && a.offset + (self.end - self.start) as u64 == b.offset
                 }
                 _ => false,
             }
@@ -152,7 +157,11 @@ impl AddressSpace {
     /// The range that an address lies in.
     #[must_use]
     pub fn area_at(&self, address: usize) -> Option<&Area> {
-        self.areas.range(..=address).next_back().map(|(_, area)| area).filter(|area| address < area.end)
+        self.areas
+            .range(..=address)
+            .next_back()
+            .map(|(_, area)| area)
+            .filter(|area| address < area.end)
     }
 
     /// Whether an address lies in a mapped range.
@@ -179,18 +188,26 @@ impl AddressSpace {
     pub fn file_at(&self, address: usize) -> Option<(String, u64)> {
         let area = self.area_at(address)?;
         let file = area.file.as_ref()?;
-        Some((file.path.to_string(), file.offset + (address - area.start) as u64))
+        Some((
+            file.path.to_string(),
+            file.offset + (address - area.start) as u64,
+        ))
     }
 
     fn overlaps(&self, start: usize, end: usize) -> bool {
-        self.areas.range(..end).next_back().is_some_and(|(_, area)| area.end > start)
+        self.areas
+            .range(..end)
+            .next_back()
+            .is_some_and(|(_, area)| area.end > start)
     }
 
     /// A free range of `length` bytes below `top`, highest first.
     fn find_free(&self, length: usize, top: usize) -> Option<usize> {
         let mut end = top;
         loop {
-            let start = end.checked_sub(length).filter(|&start| start >= MAP_START)?;
+            let start = end
+                .checked_sub(length)
+                .filter(|&start| start >= MAP_START)?;
             match self.areas.range(..end).next_back() {
                 Some((_, area)) if area.end > start => end = area.start,
                 _ => return Some(start),
@@ -205,7 +222,9 @@ impl AddressSpace {
         let fits = |address: usize| {
             address % PAGE_SIZE == 0
                 && address >= PROGRAM_START
-                && address.checked_add(length).is_some_and(|end| end <= PROGRAM_END)
+                && address
+                    .checked_add(length)
+                    .is_some_and(|end| end <= PROGRAM_END)
         };
         match placement {
             Placement::Fixed(address) if address % PAGE_SIZE != 0 => Err(Errno::EINVAL),
@@ -218,7 +237,11 @@ impl AddressSpace {
                 if !fits(address) {
                     return Err(Errno::ENOMEM);
                 }
-                if self.overlaps(address, address + length) { Err(Errno::EEXIST) } else { Ok(address) }
+                if self.overlaps(address, address + length) {
+                    Err(Errno::EEXIST)
+                } else {
+                    Ok(address)
+                }
             }
             Placement::Anywhere(wish) => {
                 let wish = wish & !(PAGE_SIZE - 1);
@@ -245,7 +268,13 @@ impl AddressSpace {
         let start = self.choose(placement, length)?;
         self.forget(start, start + length);
         self.host.map(start, length, protection, Source::Zero, 0)?;
-        self.remember(Area { start, end: start + length, protection, flags, file: None });
+        self.remember(Area {
+            start,
+            end: start + length,
+            protection,
+            flags,
+            file: None,
+        });
         Ok(start)
     }
 
@@ -273,7 +302,11 @@ impl AddressSpace {
             let position = file.offset + done as u64;
             let in_file = size.saturating_sub(position);
             let whole_pages = usize::try_from(in_file).unwrap_or(usize::MAX) & !(PAGE_SIZE - 1);
-            let source = if in_file == 0 { None } else { file.inode.map_source(position)? };
+            let source = if in_file == 0 {
+                None
+            } else {
+                file.inode.map_source(position)?
+            };
             let (piece, source) = match source {
                 Some((MapSource::Root(offset), available)) => {
                     let pages = usize::try_from(available).unwrap_or(usize::MAX) & !(PAGE_SIZE - 1);
@@ -283,18 +316,24 @@ impl AddressSpace {
                     }
                 }
                 Some((MapSource::Pool(offset), available)) => {
-                    let pages = page_round_up(usize::try_from(available).unwrap_or(usize::MAX / 2)).unwrap_or(0);
-                    (pages.max(PAGE_SIZE).min(length - done), Some(MapSource::Pool(offset)))
+                    let pages = page_round_up(usize::try_from(available).unwrap_or(usize::MAX / 2))
+                        .unwrap_or(0);
+                    (
+                        pages.max(PAGE_SIZE).min(length - done),
+                        Some(MapSource::Pool(offset)),
+                    )
                 }
                 None if in_file == 0 => (length - done, None),
                 None => {
-                    let rest = page_round_up(usize::try_from(in_file).unwrap_or(usize::MAX / 2)).unwrap_or(PAGE_SIZE);
+                    let rest = page_round_up(usize::try_from(in_file).unwrap_or(usize::MAX / 2))
+                        .unwrap_or(PAGE_SIZE);
                     (rest.max(PAGE_SIZE).min(length - done), None)
                 }
             };
             let copied_in_place = source.is_none() && in_file > 0;
             let writable = protection.contains(Protection::WRITE);
-            if shared && writable && (copied_in_place || matches!(source, Some(MapSource::Root(_)))) {
+            if shared && writable && (copied_in_place || matches!(source, Some(MapSource::Root(_))))
+            {
                 return Err(Errno::ENODEV);
             }
             pieces.push((done, piece, source));
@@ -304,14 +343,31 @@ impl AddressSpace {
         for (offset, piece, source) in pieces {
             let address = start + offset;
             match source {
-                Some(MapSource::Root(at)) => self.host.map(address, piece, protection, Source::Root, at)?,
-                Some(MapSource::Pool(at)) if shared => {
-                    self.host.map(address, piece, protection, Source::Pool, at)?;
+                Some(MapSource::Root(at)) => {
+                    self.host
+                        .map(address, piece, protection, Source::Root, at)?
                 }
-                _ => self.map_copied(address, piece, protection, &file, file.offset + offset as u64, size)?,
+                Some(MapSource::Pool(at)) if shared => {
+                    self.host
+                        .map(address, piece, protection, Source::Pool, at)?;
+                }
+                _ => self.map_copied(
+                    address,
+                    piece,
+                    protection,
+                    &file,
+                    file.offset + offset as u64,
+                    size,
+                )?,
             }
         }
-        self.remember(Area { start, end: start + length, protection, flags, file: Some(file) });
+        self.remember(Area {
+            start,
+            end: start + length,
+            protection,
+            flags,
+            file: Some(file),
+        });
         Ok(start)
     }
 
@@ -325,7 +381,9 @@ impl AddressSpace {
         position: u64,
         size: u64,
     ) -> Result<()> {
-        let bytes = usize::try_from(size.saturating_sub(position)).unwrap_or(usize::MAX).min(length);
+        let bytes = usize::try_from(size.saturating_sub(position))
+            .unwrap_or(usize::MAX)
+            .min(length);
         if bytes == 0 {
             return self.host.map(address, length, protection, Source::Zero, 0);
         }
@@ -333,8 +391,14 @@ impl AddressSpace {
         self.host.map(address, length, writable, Source::Zero, 0)?;
         let mut done = 0;
         while done < bytes {
-            let range = user::UserRange { address: address + done, length: bytes - done };
-            match file.inode.read_at(position + done as u64, &mut Sink::user(range))? {
+            let range = user::UserRange {
+                address: address + done,
+                length: bytes - done,
+            };
+            match file
+                .inode
+                .read_at(position + done as u64, &mut Sink::user(range))?
+            {
                 0 => break,
                 count => done += count,
             }
@@ -361,7 +425,11 @@ impl AddressSpace {
     /// `ENOMEM` when part of it is not mapped, `EACCES` for write with execute or for writing a shared read-only file.
     pub fn protect(&mut self, start: usize, length: usize, protection: Protection) -> Result<()> {
         if length == 0 {
-            return if start % PAGE_SIZE == 0 { Ok(()) } else { Err(Errno::EINVAL) };
+            return if start % PAGE_SIZE == 0 {
+                Ok(())
+            } else {
+                Err(Errno::EINVAL)
+            };
         }
         let end = check_range(start, length).map_err(|error| match error {
             Errno::EINVAL if start % PAGE_SIZE == 0 => Errno::ENOMEM,
@@ -377,11 +445,17 @@ impl AddressSpace {
                 && protection.contains(Protection::WRITE)
                 && !area.protection.contains(Protection::WRITE)
                 && area.file.as_ref().is_some_and(|file| {
-                    !matches!(file.inode.map_source(file.offset), Ok(Some((MapSource::Pool(_), _))))
+                    !matches!(
+                        file.inode.map_source(file.offset),
+                        Ok(Some((MapSource::Pool(_), _)))
+                    )
                 })
         });
-        let result =
-            if refused { Err(Errno::EACCES) } else { self.host.protect(start, end - start, protection) };
+        let result = if refused {
+            Err(Errno::EACCES)
+        } else {
+            self.host.protect(start, end - start, protection)
+        };
         for mut area in parts {
             if result.is_ok() {
                 area.protection = protection;
@@ -405,7 +479,9 @@ impl AddressSpace {
         }
         let mut position = start;
         while position < end {
-            let Some(area) = self.area_at(position) else { break };
+            let Some(area) = self.area_at(position) else {
+                break;
+            };
             let stop = area.end.min(end);
             let area = area.clone();
             // Shared file pages stay: dropping them from this mapping changes nothing that can be seen.
@@ -415,7 +491,13 @@ impl AddressSpace {
                     None => self.host.discard(position, stop - position)?,
                     Some(file) => {
                         let (placement, protection) = (Placement::Fixed(position), part.protection);
-                        self.map_file(placement, stop - position, protection, part.flags, file.clone())?;
+                        self.map_file(
+                            placement,
+                            stop - position,
+                            protection,
+                            part.flags,
+                            file.clone(),
+                        )?;
                     }
                 }
             }
@@ -437,7 +519,9 @@ impl AddressSpace {
         target: Option<usize>,
     ) -> Result<usize> {
         let old_end = check_range(start, old_length)?;
-        let new_length = page_round_up(new_length).filter(|&length| length > 0).ok_or(Errno::EINVAL)?;
+        let new_length = page_round_up(new_length)
+            .filter(|&length| length > 0)
+            .ok_or(Errno::EINVAL)?;
         let area = self.area_at(start).ok_or(Errno::EFAULT)?.clone();
         if area.end < old_end {
             return Err(Errno::EFAULT);
@@ -449,7 +533,10 @@ impl AddressSpace {
             }
             return Ok(start);
         }
-        let grown = start.checked_add(new_length).filter(|&end| end <= PROGRAM_END).ok_or(Errno::ENOMEM)?;
+        let grown = start
+            .checked_add(new_length)
+            .filter(|&end| end <= PROGRAM_END)
+            .ok_or(Errno::ENOMEM)?;
         if target.is_none() && area.end == old_end && !self.overlaps(old_end, grown) {
             self.map_like(&area, old_end, grown)?;
             return Ok(start);
@@ -481,15 +568,21 @@ impl AddressSpace {
         } else {
             let access = Protection::READ | Protection::WRITE;
             self.forget(destination, destination + new_length);
-            self.host.map(destination, new_length, access, Source::Zero, 0)?;
+            self.host
+                .map(destination, new_length, access, Source::Zero, 0)?;
             if !part.protection.contains(Protection::READ) {
                 self.host.protect(start, old_length, Protection::READ)?;
             }
             user::copy_within(destination, start, copy)?;
             if part.protection != access {
-                self.host.protect(destination, new_length, part.protection)?;
+                self.host
+                    .protect(destination, new_length, part.protection)?;
             }
-            self.remember(Area { start: destination, end: destination + new_length, ..part });
+            self.remember(Area {
+                start: destination,
+                end: destination + new_length,
+                ..part
+            });
         }
         self.unmap(start, old_length)?;
         Ok(destination)
@@ -502,7 +595,10 @@ impl AddressSpace {
             None => self.map_zero(placement, to - from, area.protection, area.flags)?,
             Some(file) => {
                 let offset = file.offset + (from - area.start) as u64;
-                let file = AreaFile { offset, ..file.clone() };
+                let file = AreaFile {
+                    offset,
+                    ..file.clone()
+                };
                 self.map_file(placement, to - from, area.protection, area.flags, file)?
             }
         };
@@ -520,11 +616,15 @@ impl AddressSpace {
         if wish < start || wish > PROGRAM_END {
             return current;
         }
-        let (Some(old), Some(new)) = (page_round_up(current), page_round_up(wish)) else { return current };
+        let (Some(old), Some(new)) = (page_round_up(current), page_round_up(wish)) else {
+            return current;
+        };
         if new > old {
             let access = Protection::READ | Protection::WRITE;
             if self.overlaps(old, new)
-                || self.map_zero(Placement::Fixed(old), new - old, access, AreaFlags::HEAP).is_err()
+                || self
+                    .map_zero(Placement::Fixed(old), new - old, access, AreaFlags::HEAP)
+                    .is_err()
             {
                 return current;
             }
@@ -544,7 +644,11 @@ impl AddressSpace {
     /// Takes the parts of areas that lie in a range out of the books, and returns them.
     fn cut(&mut self, start: usize, end: usize) -> Vec<Area> {
         let mut parts = Vec::new();
-        let first = self.areas.range(..=start).next_back().map_or(start, |(&first, _)| first);
+        let first = self
+            .areas
+            .range(..=start)
+            .next_back()
+            .map_or(start, |(&first, _)| first);
         let keys: Vec<usize> = self
             .areas
             .range(first..end)
@@ -552,7 +656,9 @@ impl AddressSpace {
             .map(|(&key, _)| key)
             .collect();
         for key in keys {
-            let Some(area) = self.areas.remove(&key) else { continue };
+            let Some(area) = self.areas.remove(&key) else {
+                continue;
+            };
             if area.start < start {
                 self.areas.insert(area.start, area.slice(area.start, start));
             }
@@ -578,7 +684,10 @@ impl AddressSpace {
         {
             let before = before.clone();
             self.areas.remove(&key);
-            area = Area { end: area.end, ..before };
+            area = Area {
+                end: area.end,
+                ..before
+            };
         }
         if let Some(after) = self.areas.get(&area.end)
             && area.continues(after)
@@ -592,7 +701,11 @@ impl AddressSpace {
 }
 
 fn check_access(protection: Protection) -> Result<()> {
-    if protection.contains(Protection::WRITE | Protection::EXECUTE) { Err(Errno::EACCES) } else { Ok(()) }
+    if protection.contains(Protection::WRITE | Protection::EXECUTE) {
+        Err(Errno::EACCES)
+    } else {
+        Ok(())
+    }
 }
 
 /// The end of a page-aligned range, its length rounded up.

@@ -83,7 +83,10 @@ impl UserRange {
                 return Err(Errno::EFAULT);
             }
         }
-        Ok(UserRange { address: address as usize, length: length as usize })
+        Ok(UserRange {
+            address: address as usize,
+            length: length as usize,
+        })
     }
 
     /// Copies program memory into `bytes`, which has the range's length.
@@ -175,7 +178,8 @@ pub fn bytes_of<T: Plain>(value: &T) -> &[u8] {
 #[must_use]
 pub fn from_bytes<T: Plain>(bytes: &[u8]) -> Option<T> {
     // SAFETY: the length is checked; every bit pattern is valid; no alignment is assumed.
-    (bytes.len() >= size_of::<T>()).then(|| unsafe { core::ptr::read_unaligned(bytes.as_ptr().cast()) })
+    (bytes.len() >= size_of::<T>())
+        .then(|| unsafe { core::ptr::read_unaligned(bytes.as_ptr().cast()) })
 }
 
 /// Reads a value from program memory.
@@ -187,7 +191,11 @@ pub fn read<T: Plain>(address: u64) -> Result<T> {
     let mut value = MaybeUninit::<T>::uninit();
     // SAFETY: the destination has room for a value, and is initialised when everything was copied.
     unsafe {
-        match copy_raw(value.as_mut_ptr().cast(), range.address as *const u8, range.length) {
+        match copy_raw(
+            value.as_mut_ptr().cast(),
+            range.address as *const u8,
+            range.length,
+        ) {
             0 => Ok(value.assume_init()),
             _ => Err(Errno::EFAULT),
         }
@@ -207,12 +215,19 @@ pub fn write<T: Plain>(address: u64, value: &T) -> Result<()> {
 /// # Errors
 /// `EFAULT`; `E2BIG` for more than 16 MiB.
 pub fn read_many<T: Plain>(address: u64, count: usize) -> Result<Vec<T>> {
-    let length = count.checked_mul(size_of::<T>()).filter(|&length| length <= 1 << 24).ok_or(Errno::E2BIG)?;
+    let length = count
+        .checked_mul(size_of::<T>())
+        .filter(|&length| length <= 1 << 24)
+        .ok_or(Errno::E2BIG)?;
     let range = UserRange::new(address, length as u64)?;
     let mut values = Vec::<T>::with_capacity(count);
     // SAFETY: the vector has room for `count` values, all of which are initialised when everything was copied.
     unsafe {
-        match copy_raw(values.as_mut_ptr().cast(), range.address as *const u8, length) {
+        match copy_raw(
+            values.as_mut_ptr().cast(),
+            range.address as *const u8,
+            length,
+        ) {
             0 => {
                 values.set_len(count);
                 Ok(values)
@@ -253,7 +268,11 @@ pub fn read_c_string(address: u64, limit: usize) -> Result<Vec<u8>> {
         UserRange::new(position, step as u64)?.read(part)?;
         if let Some(end) = part.iter().position(|&byte| byte == 0) {
             bytes.extend_from_slice(&part[..end]);
-            return if bytes.len() < limit { Ok(bytes) } else { Err(Errno::ENAMETOOLONG) };
+            return if bytes.len() < limit {
+                Ok(bytes)
+            } else {
+                Err(Errno::ENAMETOOLONG)
+            };
         }
         bytes.extend_from_slice(part);
         if bytes.len() >= limit {
@@ -284,7 +303,10 @@ pub fn read_ranges(address: u64, count: u64) -> Result<Vec<UserRange>> {
     let mut total: u64 = 0;
     let mut ranges = Vec::with_capacity(vectors.len());
     for vector in vectors {
-        total = total.checked_add(vector.iov_len).filter(|&total| total <= i64::MAX as u64).ok_or(Errno::EINVAL)?;
+        total = total
+            .checked_add(vector.iov_len)
+            .filter(|&total| total <= i64::MAX as u64)
+            .ok_or(Errno::EINVAL)?;
         ranges.push(UserRange::new(vector.iov_base as u64, vector.iov_len)?);
     }
     Ok(ranges)
@@ -328,6 +350,9 @@ mod tests {
     fn strings_end_at_zero() {
         let text = b"/etc/hosts\0rest";
         assert_eq!(read_path(text.as_ptr() as u64).unwrap(), "/etc/hosts");
-        assert_eq!(read_c_string(text.as_ptr() as u64, 4), Err(Errno::ENAMETOOLONG));
+        assert_eq!(
+            read_c_string(text.as_ptr() as u64, 4),
+            Err(Errno::ENAMETOOLONG)
+        );
     }
 }

@@ -1,0 +1,215 @@
+//! The address space against a model that keeps every page by itself.
+
+use alloc::{collections::BTreeMap, vec::Vec};
+
+use super::*;
+use crate::host::quiet;
+
+const READ: Protection = Protection::READ;
+
+fn read_write() -> Protection {
+    Protection::READ | Protection::WRITE
+}
+
+/// A generator of test cases: xorshift64.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+fn quiet_host() -> Host {
+    Host::new(&quiet::TABLE)
+}
+
+fn pages(space: &AddressSpace) -> BTreeMap<usize, Protection> {
+    let mut pages = BTreeMap::new();
+    let mut end = 0;
+    for area in space.areas() {
+        assert!(area.start >= end, "areas overlap");
+        assert!(area.start < area.end);
+        end = area.end;
+        for page in (area.start..area.end).step_by(PAGE_SIZE) {
+            pages.insert(page, area.protection);
+        }
+    }
+    pages
+}
+
+#[test]
+fn areas_agree_with_single_pages() {
+    const BASE: usize = 0x1000_0000;
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut space = AddressSpace::new(quiet_host(), 0x4000_0000_0000);
+    let mut model: BTreeMap<usize, Protection> = BTreeMap::new();
+    for _ in 0..3000 {
+        let start = BASE + random.below(64) as usize * PAGE_SIZE;
+        let length = (1 + random.below(12)) as usize * PAGE_SIZE;
+        let range: Vec<usize> = (start..start + length).step_by(PAGE_SIZE).collect();
+        let protection = if random.below(2) == 0 {
+            READ
+        } else {
+            read_write()
+        };
+        match random.below(4) {
+            0 => {
+                space
+                    .map_zero(
+                        Placement::Fixed(start),
+                        length,
+                        protection,
+                        AreaFlags::empty(),
+                    )
+                    .unwrap();
+                model.extend(range.iter().map(|&page| (page, protection)));
+            }
+            1 => {
+                space.unmap(start, length).unwrap();
+                model.retain(|page, _| !range.contains(page));
+            }
+            2 => {
+                let whole = range.iter().all(|page| model.contains_key(page));
+                let result = space.protect(start, length, protection);
+                assert_eq!(result.is_ok(), whole);
+                if whole {
+                    model.extend(range.iter().map(|&page| (page, protection)));
+                }
+            }
+            _ => {
+                let free = range.iter().all(|page| !model.contains_key(page));
+                let placement = Placement::FixedIfFree(start);
+                let result = space.map_zero(placement, length, protection, AreaFlags::empty());
+                assert_eq!(result, if free { Ok(start) } else { Err(Errno::EEXIST) });
+                if free {
+                    model.extend(range.iter().map(|&page| (page, protection)));
+                }
+            }
+        }
+        assert_eq!(pages(&space), model);
+        assert_eq!(space.mapped(), model.len() * PAGE_SIZE);
+    }
+}
+
+#[test]
+fn neighbours_of_a_kind_become_one_area() {
+    let mut space = AddressSpace::new(quiet_host(), 0x4000_0000_0000);
+    for page in [0, 2, 1] {
+        let placement = Placement::Fixed(0x1000_0000 + page * PAGE_SIZE);
+        space
+            .map_zero(placement, PAGE_SIZE, READ, AreaFlags::empty())
+            .unwrap();
+    }
+    assert_eq!(space.areas().count(), 1);
+    space
+        .protect(0x1000_0000 + PAGE_SIZE, PAGE_SIZE, read_write())
+        .unwrap();
+    assert_eq!(space.areas().count(), 3);
+}
+
+#[test]
+fn what_is_anywhere_overlaps_nothing_and_stays_below_the_top() {
+    let top = 0x4000_0000_0000;
+    let mut space = AddressSpace::new(quiet_host(), top);
+    let mut random = Random(42);
+    let mut taken: Vec<(usize, usize)> = Vec::new();
+    for _ in 0..200 {
+        let length = (1 + random.below(9)) as usize * PAGE_SIZE;
+        let start = space
+            .map_zero(Placement::Anywhere(0), length, READ, AreaFlags::empty())
+            .unwrap();
+        // Alternating properties keep neighbours from joining; here only addresses matter.
+        assert!(start + length <= top);
+        assert!(
+            taken
+                .iter()
+                .all(|&(low, high)| start + length <= low || start >= high)
+        );
+        taken.push((start, start + length));
+        if random.below(3) == 0 {
+            let (low, high) = taken.swap_remove(random.below(taken.len() as u64) as usize);
+            space.unmap(low, high - low).unwrap();
+        }
+    }
+}
+
+#[test]
+fn page_zero_and_writable_text_are_refused() {
+    let mut space = AddressSpace::new(quiet_host(), 0x4000_0000_0000);
+    let zero = space.map_zero(Placement::Fixed(0), PAGE_SIZE, READ, AreaFlags::empty());
+    assert_eq!(zero, Err(Errno::EPERM));
+    let both = Protection::WRITE | Protection::EXECUTE | READ;
+    let text = space.map_zero(Placement::Anywhere(0), PAGE_SIZE, both, AreaFlags::empty());
+    assert_eq!(text, Err(Errno::EACCES));
+    let start = space
+        .map_zero(Placement::Anywhere(0), PAGE_SIZE, READ, AreaFlags::empty())
+        .unwrap();
+    assert_eq!(space.protect(start, PAGE_SIZE, both), Err(Errno::EACCES));
+}
+
+#[test]
+fn the_heap_moves_up_and_down_and_stops_at_neighbours() {
+    let mut space = AddressSpace::new(quiet_host(), 0x4000_0000_0000);
+    let start = 0x2000_0000;
+    space.set_heap(start);
+    assert_eq!(space.move_heap(0), start);
+    assert_eq!(space.move_heap(start + 5000), start + 5000);
+    assert!(space.is_range_mapped(start, start + 2 * PAGE_SIZE));
+    assert_eq!(space.move_heap(start + 100), start + 100);
+    assert!(!space.is_mapped(start + PAGE_SIZE));
+    space
+        .map_zero(
+            Placement::Fixed(start + 8 * PAGE_SIZE),
+            PAGE_SIZE,
+            READ,
+            AreaFlags::empty(),
+        )
+        .unwrap();
+    assert_eq!(
+        space.move_heap(start + 9 * PAGE_SIZE),
+        start + 100,
+        "the end stays where it was"
+    );
+}
+
+#[test]
+fn mappings_grow_in_place_or_shrink() {
+    let mut space = AddressSpace::new(quiet_host(), 0x4000_0000_0000);
+    let start = 0x3000_0000;
+    space
+        .map_zero(
+            Placement::Fixed(start),
+            4 * PAGE_SIZE,
+            read_write(),
+            AreaFlags::empty(),
+        )
+        .unwrap();
+    assert_eq!(
+        space.remap(start, 4 * PAGE_SIZE, 2 * PAGE_SIZE, false, None),
+        Ok(start)
+    );
+    assert!(!space.is_mapped(start + 2 * PAGE_SIZE));
+    assert_eq!(
+        space.remap(start, 2 * PAGE_SIZE, 6 * PAGE_SIZE, false, None),
+        Ok(start)
+    );
+    assert!(space.is_range_mapped(start, start + 6 * PAGE_SIZE));
+    space
+        .map_zero(
+            Placement::Fixed(start + 6 * PAGE_SIZE),
+            PAGE_SIZE,
+            READ,
+            AreaFlags::empty(),
+        )
+        .unwrap();
+    let blocked = space.remap(start, 6 * PAGE_SIZE, 7 * PAGE_SIZE, false, None);
+    assert_eq!(blocked, Err(Errno::ENOMEM));
+    assert_eq!(
+        space.remap(start, 7 * PAGE_SIZE + 1, PAGE_SIZE, false, None),
+        Err(Errno::EFAULT)
+    );
+}
