@@ -1,7 +1,7 @@
 //! The functions that the compiler calls for copying, filling and comparing memory, and the symbols that the precompiled `core`
 //! expects of an unwinder.
 //!
-//! Copies go by eight bytes: translators of machine code do string instructions one element at a time.
+//! Long runs go by 64 bytes: translators of machine code do string instructions one element at a time.
 
 use core::arch::{asm, global_asm};
 
@@ -24,14 +24,30 @@ pub unsafe extern "C" fn memcpy(destination: *mut u8, source: *const u8, length:
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
-            "rep movsq",
-            "mov ecx, {rest:e}",
+            "test rcx, rcx",
+            "jz 3f",
+            "2:",
+            "movups xmm0, [rsi]",
+            "movups xmm1, [rsi + 16]",
+            "movups xmm2, [rsi + 32]",
+            "movups xmm3, [rsi + 48]",
+            "movups [rdi], xmm0",
+            "movups [rdi + 16], xmm1",
+            "movups [rdi + 32], xmm2",
+            "movups [rdi + 48], xmm3",
+            "add rsi, 64",
+            "add rdi, 64",
+            "sub rcx, 1",
+            "jnz 2b",
+            "3:",
+            "mov rcx, {rest}",
             "rep movsb",
-            rest = in(reg) length % 8,
-            inout("rcx") length / 8 => _,
+            rest = in(reg) length % 64,
+            inout("rcx") length / 64 => _,
             inout("rsi") source => _,
             inout("rdi") destination => _,
-            options(nostack, preserves_flags),
+            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _,
+            options(nostack),
         );
     }
     destination
@@ -77,14 +93,27 @@ pub unsafe extern "C" fn memset(destination: *mut u8, value: i32, length: usize)
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
-            "rep stosq",
-            "mov ecx, {rest:e}",
+            "movq xmm0, rax",
+            "punpcklqdq xmm0, xmm0",
+            "test rcx, rcx",
+            "jz 3f",
+            "2:",
+            "movups [rdi], xmm0",
+            "movups [rdi + 16], xmm0",
+            "movups [rdi + 32], xmm0",
+            "movups [rdi + 48], xmm0",
+            "add rdi, 64",
+            "sub rcx, 1",
+            "jnz 2b",
+            "3:",
+            "mov rcx, {rest}",
             "rep stosb",
-            rest = in(reg) length % 8,
-            inout("rcx") length / 8 => _,
+            rest = in(reg) length % 64,
+            inout("rcx") length / 64 => _,
             in("rax") 0x0101_0101_0101_0101 * u64::from(value as u8),
             inout("rdi") destination => _,
-            options(nostack, preserves_flags),
+            out("xmm0") _,
+            options(nostack),
         );
     }
     destination
