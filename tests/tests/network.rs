@@ -1,0 +1,345 @@
+//! The network of instances: published ports of both families and transports, much data, many connections, ways out.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use kiln_tests::{EVENT_DEADLINE, Kiln, eventually, free_port, programs};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Echoes TCP on port 7000 and UDP on port 7001; on port 7002 sends as many bytes as the first line asks for, or sums
+/// up what comes after the line "sum".
+const SERVER: &str = r#"
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+static int bound(int type, int port) {
+    struct sockaddr_in6 any = {.sin6_family = AF_INET6, .sin6_port = htons(port)};
+    int fd = socket(AF_INET6, type, 0), off = 0, on = 1;
+    setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (fd < 0 || bind(fd, (void *)&any, sizeof any) || (type == SOCK_STREAM && listen(fd, 4096))) {
+        perror("bind"); exit(1);
+    }
+    return fd;
+}
+
+static void *udp(void *unused) {
+    static char buffer[65536];
+    int fd = bound(SOCK_DGRAM, 7001);
+    for (;;) {
+        struct sockaddr_storage from; socklen_t size = sizeof from;
+        ssize_t n = recvfrom(fd, buffer, sizeof buffer, 0, (void *)&from, &size);
+        if (n >= 0) sendto(fd, buffer, n, 0, (void *)&from, size);
+    }
+    return unused;
+}
+
+static void *bulk(void *unused) {
+    static unsigned char block[1 << 16];
+    int server = bound(SOCK_STREAM, 7002);
+    for (;;) {
+        int fd = accept(server, NULL, NULL);
+        char line[32] = ""; size_t length = 0;
+        while (length < 31 && read(fd, line + length, 1) == 1 && line[length] != '\n') length++;
+        if (!strncmp(line, "sum", 3)) {
+            uint64_t sum = 0, count = 0; ssize_t n;
+            while ((n = read(fd, block, sizeof block)) > 0) for (ssize_t i = 0; i < n; i++) sum = sum * 31 + block[i], count++;
+            char reply[64]; int size = snprintf(reply, sizeof reply, "%lu %lu", count, sum);
+            if (write(fd, reply, size) != size) perror("write");
+        } else {
+            uint64_t left = strtoull(line, NULL, 10), at = 0;
+            while (left) {
+                size_t now = left < sizeof block ? left : sizeof block;
+                for (size_t i = 0; i < now; i++) block[i] = (unsigned char)((at + i) * 7 + ((at + i) >> 13));
+                size_t done = 0;
+                while (done < now) { ssize_t n = write(fd, block + done, now - done); if (n <= 0) goto out; done += n; }
+                at += now; left -= now;
+            }
+        }
+    out:
+        close(fd);
+    }
+    return unused;
+}
+
+int main(int argc, char **argv) {
+    struct rlimit limit; getrlimit(RLIMIT_NOFILE, &limit); limit.rlim_cur = limit.rlim_max; setrlimit(RLIMIT_NOFILE, &limit);
+    signal(SIGPIPE, SIG_IGN);
+    if (argc > 2) {
+        /* A client: connects to an address and a port and prints what comes. */
+        struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[2]))};
+        inet_pton(AF_INET, argv[1], &to.sin_addr);
+        int fd = socket(AF_INET, SOCK_STREAM, 0);
+        if (connect(fd, (void *)&to, sizeof to)) { perror("connect"); return 1; }
+        char text[100] = "";
+        if (write(fd, "out\n", 4) != 4 || read(fd, text, 99) < 0) { perror("talk"); return 1; }
+        printf("%s", text);
+        return 0;
+    }
+    pthread_t thread;
+    pthread_create(&thread, NULL, udp, NULL);
+    pthread_create(&thread, NULL, bulk, NULL);
+    int server = bound(SOCK_STREAM, 7000), set = epoll_create1(0);
+    struct epoll_event event = {.events = EPOLLIN, .data.fd = server}, events[256];
+    epoll_ctl(set, EPOLL_CTL_ADD, server, &event);
+    puts("ready"); fflush(stdout);
+    for (;;) {
+        int count = epoll_wait(set, events, 256, -1);
+        for (int i = 0; i < count; i++) {
+            if (events[i].data.fd == server) {
+                event.data.fd = accept4(server, NULL, NULL, SOCK_NONBLOCK);
+                if (event.data.fd >= 0) epoll_ctl(set, EPOLL_CTL_ADD, event.data.fd, &event);
+                else perror("accept");
+                continue;
+            }
+            char buffer[4096];
+            ssize_t n = read(events[i].data.fd, buffer, sizeof buffer);
+            if (n <= 0 || write(events[i].data.fd, buffer, n) != n) close(events[i].data.fd);
+        }
+    }
+}
+"#;
+
+/// The ways to run: engine and network.
+const WAYS: [[&str; 4]; 3] = [
+    ["--engine", "process", "--net", "socket"],
+    ["--engine", "process", "--net", "direct"],
+    ["--engine", "qemu", "--net", "direct"],
+];
+
+fn image(kiln: &Kiln) -> PathBuf {
+    kiln.build(&programs::compile(kiln.folder(), "netserver", SERVER))
+}
+
+/// Starts the server with ports published, and waits until it listens.
+fn start(kiln: &Kiln, way: [&str; 4], options: &[&str], image: &Path) {
+    let mut words: Vec<&str> = way.to_vec();
+    words.extend(options);
+    words.push(image.to_str().expect("the path is text"));
+    kiln.start("net", &words);
+    eventually("the server", || {
+        kiln.succeed(["logs", "net"])
+            .contains("ready")
+            .then_some(())
+    });
+}
+
+fn connect(address: SocketAddr) -> TcpStream {
+    let stream = eventually(&format!("a connection to {address}"), || {
+        TcpStream::connect(address).ok()
+    });
+    stream
+        .set_read_timeout(Some(EVENT_DEADLINE))
+        .expect("a timeout can be set");
+    stream
+}
+
+fn local(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+fn echoes(way: [&str; 4], address: SocketAddr) {
+    let mut stream = connect(address);
+    stream.write_all(b"there and back").expect("it takes bytes");
+    let mut answer = [0; 14];
+    stream
+        .read_exact(&mut answer)
+        .unwrap_or_else(|error| panic!("{way:?}: {address}: {error}"));
+    assert_eq!(&answer, b"there and back", "{way:?}: {address}");
+}
+
+#[test]
+fn published_ports_of_both_families_and_transports() {
+    for way in WAYS {
+        let kiln = Kiln::new();
+        let image = image(&kiln);
+        let (v4, v6, udp) = (free_port(), free_port(), free_port());
+        let (first, second, third) = (
+            format!("127.0.0.1:{v4}:7000"),
+            format!("[::1]:{v6}:7000"),
+            format!("127.0.0.1:{udp}:7001/udp"),
+        );
+        start(
+            &kiln,
+            way,
+            &["-p", &first, "-p", &second, "-p", &third],
+            &image,
+        );
+        echoes(way, local(v4));
+        echoes(way, format!("[::1]:{v6}").parse().expect("an address"));
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+        socket
+            .set_read_timeout(Some(Duration::from_millis(500)))
+            .expect("a timeout can be set");
+        socket.connect(local(udp)).expect("an address");
+        let mut answer = [0; 100];
+        let length = eventually("a datagram back", || {
+            // Refused while nobody has bound it yet.
+            socket.send(b"datagram").ok()?;
+            socket.recv(&mut answer).ok()
+        });
+        assert_eq!(&answer[..length], b"datagram", "{way:?}");
+    }
+}
+
+/// What the server's bulk port sends at a place.
+fn pattern(place: u64) -> u8 {
+    (place.wrapping_mul(7).wrapping_add(place >> 13)) as u8
+}
+
+#[test]
+fn much_data_arrives_whole() {
+    for way in WAYS {
+        let total: u64 = if way[1] == "process" {
+            1 << 30
+        } else {
+            1 << 27
+        };
+        let kiln = Kiln::new();
+        let image = image(&kiln);
+        let port = free_port();
+        start(
+            &kiln,
+            way,
+            &["-p", &format!("127.0.0.1:{port}:7002")],
+            &image,
+        );
+
+        let mut stream = connect(local(port));
+        stream
+            .write_all(format!("{total}\n").as_bytes())
+            .expect("it takes bytes");
+        let mut buffer = vec![0; 1 << 18];
+        let mut place = 0;
+        loop {
+            let length = stream.read(&mut buffer).expect("it sends");
+            if length == 0 {
+                break;
+            }
+            let wrong = buffer[..length]
+                .iter()
+                .zip(place..)
+                .position(|(byte, place)| *byte != pattern(place));
+            assert_eq!(wrong, None, "{way:?}: another byte after {place}");
+            place += length as u64;
+        }
+        assert_eq!(place, total, "{way:?}: the download ended early");
+
+        let mut stream = connect(local(port));
+        stream.write_all(b"sum\n").expect("it takes bytes");
+        let block: Vec<u8> = (0..1 << 18).map(pattern).collect();
+        let mut sum = 0_u64;
+        for _ in 0..total / block.len() as u64 {
+            stream.write_all(&block).expect("it takes bytes");
+            sum = block.iter().fold(sum, |sum, byte| {
+                sum.wrapping_mul(31).wrapping_add(u64::from(*byte))
+            });
+        }
+        stream
+            .shutdown(Shutdown::Write)
+            .expect("it can be half closed");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("it answers");
+        assert_eq!(answer, format!("{total} {sum}"), "{way:?}");
+    }
+}
+
+#[test]
+fn ten_thousand_connections_at_once() {
+    const CONNECTIONS: usize = 10_000;
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    setrlimit(Resource::Nofile, raised).expect("the limit can be raised to its maximum");
+    assert!(
+        limit.maximum.is_none_or(|most| most > 11_000),
+        "needs a hard limit of open files above 11000"
+    );
+    for way in WAYS {
+        let kiln = Kiln::new();
+        let image = image(&kiln);
+        let port = free_port();
+        start(
+            &kiln,
+            way,
+            &["-m", "512M", "-p", &format!("127.0.0.1:{port}:7000")],
+            &image,
+        );
+        let mut streams: Vec<TcpStream> = (0..CONNECTIONS).map(|_| connect(local(port))).collect();
+        for round in 0..2_u8 {
+            for (number, stream) in streams.iter_mut().enumerate() {
+                stream
+                    .write_all(&[round, number as u8])
+                    .unwrap_or_else(|error| panic!("{way:?}: connection {number}: {error}"));
+            }
+            for (number, stream) in streams.iter_mut().enumerate() {
+                let mut answer = [0; 2];
+                stream
+                    .read_exact(&mut answer)
+                    .unwrap_or_else(|error| panic!("{way:?}: connection {number}: {error}"));
+                assert_eq!(answer, [round, number as u8], "{way:?}");
+            }
+        }
+        // And they can all go and come again.
+        drop(streams);
+        echoes(way, local(port));
+    }
+}
+
+#[test]
+fn connections_out() {
+    let kiln = Kiln::new();
+    let image = image(&kiln);
+    for way in WAYS {
+        let server = TcpListener::bind("0.0.0.0:0").expect("a port");
+        let port = server.local_addr().expect("an address").port().to_string();
+        let answering = thread::spawn(move || {
+            let (mut stream, _) = server.accept().expect("a connection");
+            let mut line = [0; 4];
+            stream.read_exact(&mut line).expect("a line");
+            stream.write_all(b"seen\n").expect("it takes bytes");
+        });
+        // This machine's own address on whatever network it has; the loopback address is the guest's own.
+        let probe = UdpSocket::bind("0.0.0.0:0").expect("a socket");
+        // No packet is sent by this: it only chooses an address of ours.
+        let address = match probe
+            .connect("192.0.2.1:9")
+            .and_then(|()| probe.local_addr())
+        {
+            Ok(address) => address.ip().to_string(),
+            Err(_) => {
+                eprintln!("this machine has no network: not tested");
+                return;
+            }
+        };
+        let mut words = vec!["run"];
+        words.extend(way);
+        words.extend([
+            image.to_str().expect("the path is text"),
+            "--",
+            &address,
+            &port,
+        ]);
+        assert_eq!(kiln.succeed(words), "seen\n", "{way:?}");
+        answering.join().expect("it answered");
+    }
+}
