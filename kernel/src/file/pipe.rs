@@ -267,6 +267,58 @@ impl PipeEnd {
         self.inode.is_some()
     }
 
+    /// The next bytes in the pipe, which stay in it; nothing at the end of the file.
+    ///
+    /// # Errors
+    /// `EBADF` for an end that does not read, `EAGAIN` when there is nothing now.
+    pub fn peek(&self, limit: usize) -> Result<Vec<u8>> {
+        if !self.reads {
+            return Err(Errno::EBADF);
+        }
+        let state = self.pipe.state.lock();
+        if state.ring.length == 0 && state.writers > 0 {
+            return Err(Errno::EAGAIN);
+        }
+        let (first, second) = state.ring.slices();
+        Ok(first.iter().chain(second).take(limit).copied().collect())
+    }
+
+    /// Takes bytes out that [`PipeEnd::peek`] gave.
+    pub fn consume(&self, count: usize) {
+        {
+            let mut state = self.pipe.state.lock();
+            let count = count.min(state.ring.length);
+            if count > 0 {
+                state.ring.consume(count);
+            }
+        }
+        self.pipe.notify(Readiness::WRITABLE);
+    }
+
+    /// Bytes that can be written now.
+    ///
+    /// # Errors
+    /// `EBADF` for an end that does not write, `EPIPE` when nobody reads, `EAGAIN` when it is full.
+    pub fn room(&self) -> Result<usize> {
+        if !self.writes {
+            return Err(Errno::EBADF);
+        }
+        let state = self.pipe.state.lock();
+        if state.readers == 0 {
+            return Err(Errno::EPIPE);
+        }
+        match state.capacity.saturating_sub(state.ring.length) {
+            0 => Err(Errno::EAGAIN),
+            room => Ok(room),
+        }
+    }
+
+    /// Whether both are ends of one pipe.
+    #[must_use]
+    pub fn is_same_pipe(&self, other: &PipeEnd) -> bool {
+        Arc::ptr_eq(&self.pipe, &other.pipe)
+    }
+
     /// Bytes that fit (`F_GETPIPE_SZ`).
     #[must_use]
     pub fn capacity(&self) -> usize {

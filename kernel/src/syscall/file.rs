@@ -1,7 +1,7 @@
 //! System calls on open files.
 
 use alloc::{sync::Arc, vec::Vec};
-use core::any::Any;
+use core::{any::Any, task::Poll};
 
 use linux_raw_sys::{general as linux, ioctl as requests};
 
@@ -9,7 +9,7 @@ use super::{Call, Entry, Outcome, Restart};
 use crate::{
     Errno, Kernel, Result,
     file::{
-        File, FileTable, OpenFile, OpenFlags, Readiness, Sink, Source, WatchList,
+        File, FileTable, OpenFile, OpenFlags, Readiness, Sink, Source, WatchList, Watcher,
         io::MAX_TRANSFER,
         locks::{FileIdentity, Lock, LockTable, Owner, Range},
         pipe::{self, PipeEnd},
@@ -20,8 +20,6 @@ use crate::{
     memory::user::{self, UserRange},
     task::{Process, Thread},
 };
-
-const NO_TEE: &str = "no pipe contents are moved or copied inside the kernel: EINVAL, as for files that cannot be spliced";
 
 /// The supported calls.
 pub const CALLS: &[Entry] = &[
@@ -107,13 +105,13 @@ pub const CALLS: &[Entry] = &[
         number: linux::__NR_splice,
         name: "splice",
         handler: splice,
-        limits: NO_TEE,
+        limits: "",
     },
     Entry {
         number: linux::__NR_tee,
         name: "tee",
-        handler: splice,
-        limits: NO_TEE,
+        handler: tee,
+        limits: "",
     },
     Entry {
         number: linux::__NR_close,
@@ -665,9 +663,182 @@ fn copy_file_range(call: &mut Call<'_>) -> Outcome {
     result.into()
 }
 
+/// Moves bytes between a pipe and a file, or two pipes, once.
+fn splice_once(
+    from: &OpenFile,
+    from_position: Option<u64>,
+    to: &OpenFile,
+    to_position: Option<u64>,
+    limit: usize,
+    keep: bool,
+) -> Result<usize> {
+    let limit = limit.min(COPY_CHUNK);
+    let source_pipe = from.file.as_any().downcast_ref::<PipeEnd>();
+    let target_pipe = to.file.as_any().downcast_ref::<PipeEnd>();
+    // Nothing is taken that has no place to go.
+    let room = match target_pipe {
+        Some(pipe) => pipe.room()?.min(limit),
+        None => limit,
+    };
+    let bytes = match source_pipe {
+        Some(pipe) => pipe.peek(room)?,
+        None => {
+            let mut bytes = alloc::vec![0; room];
+            let mut sink = Sink::kernel(&mut bytes);
+            let count = match from_position {
+                Some(position) => from.file.read_at(position, &mut sink)?,
+                None => from.read(&mut sink)?,
+            };
+            bytes.truncate(count);
+            bytes
+        }
+    };
+    if bytes.is_empty() {
+        return Ok(0);
+    }
+    // Small writes into a pipe are whole or nothing, but here there is room for all of it.
+    let mut source = Source::kernel(&bytes);
+    let count = match to_position {
+        Some(position) => to.file.write_at(position, &mut source)?,
+        None => to.write(&mut source)?,
+    };
+    if let Some(pipe) = source_pipe
+        && !keep
+    {
+        pipe.consume(count);
+    }
+    Ok(count)
+}
+
+/// An end of a transfer: its file, and where its position lies if the program keeps that itself.
+fn splice_end(
+    call: &Call<'_>,
+    descriptor: usize,
+    pointer: u64,
+    writes: bool,
+) -> Result<(Arc<OpenFile>, Option<u64>)> {
+    let file = call.process().file(call.int(descriptor))?;
+    let flags = file.flags();
+    if if writes {
+        !flags.writable()
+    } else {
+        !flags.readable()
+    } {
+        return Err(Errno::EBADF);
+    }
+    if pointer == 0 {
+        return Ok((file, None));
+    }
+    if !file.file.is_seekable() {
+        return Err(Errno::ESPIPE);
+    }
+    let position = user::read::<i64>(pointer)?;
+    Ok((
+        file,
+        Some(u64::try_from(position).map_err(|_| Errno::EINVAL)?),
+    ))
+}
+
+/// Transfers, waiting for both ends unless one of them or the call does not block.
+fn splice_files(
+    call: &Call<'_>,
+    from: (Arc<OpenFile>, Option<u64>, u64),
+    to: (Arc<OpenFile>, Option<u64>, u64),
+    limit: usize,
+    flags: u32,
+    keep: bool,
+) -> Outcome {
+    const KNOWN: u32 = linux::SPLICE_F_MOVE
+        | linux::SPLICE_F_NONBLOCK
+        | linux::SPLICE_F_MORE
+        | linux::SPLICE_F_GIFT;
+    if flags & !KNOWN != 0 {
+        return Outcome::fail(Errno::EINVAL);
+    }
+    if limit == 0 {
+        return Outcome::Done(Ok(0));
+    }
+    let blocks = flags & linux::SPLICE_F_NONBLOCK == 0
+        && !from.0.is_non_blocking()
+        && !to.0.is_non_blocking();
+    let thread = Arc::clone(call.thread);
+    let (watch_from, watch_to) = (Arc::clone(&from.0.file), Arc::clone(&to.0.file));
+    let attempt = move || {
+        let result = splice_once(&from.0, from.1, &to.0, to.1, limit, keep);
+        match result {
+            Ok(count) => {
+                for (position, pointer) in [(from.1, from.2), (to.1, to.2)] {
+                    if let Some(position) = position {
+                        user::write(pointer, &(position + count as u64))?;
+                    }
+                }
+            }
+            Err(Errno::EPIPE) => thread.raise_broken_pipe(),
+            Err(_) => {}
+        }
+        result
+    };
+    match attempt() {
+        Err(Errno::EAGAIN) if blocks => Outcome::wait(Restart::WithFlag, async move {
+            let watcher = Arc::new(watch::WakeWatcher::default());
+            let _watches = [
+                (watch_from, Readiness::READABLE),
+                (watch_to, Readiness::WRITABLE),
+            ]
+            .map(|(file, interest)| {
+                watch::Watch::new(&file, interest, Arc::clone(&watcher) as Arc<dyn Watcher>)
+            });
+            core::future::poll_fn(|context| {
+                watcher.set(context.waker());
+                match attempt() {
+                    Err(Errno::EAGAIN) => Poll::Pending,
+                    result => Poll::Ready(result.map(|count| count as u64)),
+                }
+            })
+            .await
+        }),
+        result => result.into(),
+    }
+}
+
+fn pipe_end(file: &OpenFile) -> Option<&PipeEnd> {
+    file.file.as_any().downcast_ref::<PipeEnd>()
+}
+
 fn splice(call: &mut Call<'_>) -> Outcome {
-    attempt!(call.process().file(call.int(0)));
-    Outcome::fail(Errno::EINVAL)
+    let (from_pointer, to_pointer) = (call.raw(1), call.raw(3));
+    let (from, from_position) = attempt!(splice_end(call, 0, from_pointer, false));
+    let (to, to_position) = attempt!(splice_end(call, 2, to_pointer, true));
+    match (pipe_end(&from), pipe_end(&to)) {
+        (None, None) => return Outcome::fail(Errno::EINVAL),
+        (Some(one), Some(other)) if one.is_same_pipe(other) => return Outcome::fail(Errno::EINVAL),
+        _ => {}
+    }
+    if to.flags().contains(OpenFlags::APPEND) {
+        return Outcome::fail(Errno::EINVAL);
+    }
+    let (from, to) = (
+        (from, from_position, from_pointer),
+        (to, to_position, to_pointer),
+    );
+    splice_files(call, from, to, call.length(4), call.unsigned(5), false)
+}
+
+fn tee(call: &mut Call<'_>) -> Outcome {
+    let (from, _) = attempt!(splice_end(call, 0, 0, false));
+    let (to, _) = attempt!(splice_end(call, 1, 0, true));
+    match (pipe_end(&from), pipe_end(&to)) {
+        (Some(one), Some(other)) if !one.is_same_pipe(other) => {}
+        _ => return Outcome::fail(Errno::EINVAL),
+    }
+    splice_files(
+        call,
+        (from, None, 0),
+        (to, None, 0),
+        call.length(2),
+        call.unsigned(3),
+        true,
+    )
 }
 
 /// What must happen when a descriptor goes: locks are given up, delayed writes are finished.
