@@ -320,7 +320,7 @@ impl NetlinkSocket {
         let mut port = self.port.lock();
         if *port == 0 {
             // The first socket of a process gets its identifier, others something that no process has.
-            *port = if self.number % 2 == 0 { caller.process.max(1) } else { 0x8000_0000 | self.number as u32 };
+            *port = if self.number.is_multiple_of(2) { caller.process.max(1) } else { 0x8000_0000 | self.number as u32 };
         }
         let _ = &self.this;
         *port

@@ -406,8 +406,6 @@ impl UnixSocket {
                 }
                 peer.watch.notify(Readiness::all());
             } else if mutual {
-                *peer.peer.lock() = None;
-                *peer.error.lock() = Some(Errno::ECONNRESET);
                 peer.watch.notify(Readiness::WRITABLE);
             }
         }
