@@ -38,7 +38,7 @@ impl Host {
 
     fn check_program_range(address: usize, length: usize) -> Result<()> {
         let end = address.checked_add(length).ok_or(Errno::ENOMEM)?;
-        if address % PAGE_SIZE != 0 || length % PAGE_SIZE != 0 || length == 0 {
+        if !address.is_multiple_of(PAGE_SIZE) || !length.is_multiple_of(PAGE_SIZE) || length == 0 {
             return Err(Errno::EINVAL);
         }
         let program = address >= PROGRAM_START && end <= PROGRAM_END;

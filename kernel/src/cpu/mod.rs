@@ -175,7 +175,7 @@ const _: () = assert!(offset_of!(CpuArea, fault_context) == 40);
 const _: () = assert!(offset_of!(CpuArea, pending) == 48);
 
 unsafe extern "sysv64" {
-    fn kiln_run(context: *mut UserContext);
+    fn kiln_run(context: *mut core::ffi::c_void);
     static kiln_resume_start: u8;
     static kiln_resume_end: u8;
     static kiln_upcall_entry: u8;
@@ -356,7 +356,7 @@ impl Cpu {
         registers.trap = Trap::default();
         // SAFETY: the context is valid and stays put; the program's own actions cannot break Rust's memory any more
         // than its sharing of the address space allows anyway.
-        unsafe { kiln_run(context_pointer) };
+        unsafe { kiln_run(context_pointer.cast()) };
         let trap = context.registers.trap;
         (trap_kind(trap.kind), trap)
     }

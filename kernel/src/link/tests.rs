@@ -221,7 +221,7 @@ fn noise_is_dropped_or_ends_the_link_but_never_panics() {
                 .map(|index| (state >> (index % 57)) as u8)
                 .collect();
             // Half of the time a well-formed frame with noise inside, on a low channel.
-            let piece = if state % 2 == 0 {
+            let piece = if state.is_multiple_of(2) {
                 noise
             } else {
                 frame((state >> 60) as u32, &noise)

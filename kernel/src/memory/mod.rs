@@ -220,18 +220,18 @@ impl AddressSpace {
 
     fn choose(&self, placement: Placement, length: usize) -> Result<usize> {
         let fits = |address: usize| {
-            address % PAGE_SIZE == 0
+            address.is_multiple_of(PAGE_SIZE)
                 && address >= PROGRAM_START
                 && address
                     .checked_add(length)
                     .is_some_and(|end| end <= PROGRAM_END)
         };
         match placement {
-            Placement::Fixed(address) if address % PAGE_SIZE != 0 => Err(Errno::EINVAL),
+            Placement::Fixed(address) if !address.is_multiple_of(PAGE_SIZE) => Err(Errno::EINVAL),
             Placement::Fixed(address) if address < PROGRAM_START => Err(Errno::EPERM),
             Placement::Fixed(address) => fits(address).then_some(address).ok_or(Errno::ENOMEM),
             Placement::FixedIfFree(address) => {
-                if address % PAGE_SIZE != 0 {
+                if !address.is_multiple_of(PAGE_SIZE) {
                     return Err(Errno::EINVAL);
                 }
                 if !fits(address) {
@@ -425,14 +425,14 @@ impl AddressSpace {
     /// `ENOMEM` when part of it is not mapped, `EACCES` for write with execute or for writing a shared read-only file.
     pub fn protect(&mut self, start: usize, length: usize, protection: Protection) -> Result<()> {
         if length == 0 {
-            return if start % PAGE_SIZE == 0 {
+            return if start.is_multiple_of(PAGE_SIZE) {
                 Ok(())
             } else {
                 Err(Errno::EINVAL)
             };
         }
         let end = check_range(start, length).map_err(|error| match error {
-            Errno::EINVAL if start % PAGE_SIZE == 0 => Errno::ENOMEM,
+            Errno::EINVAL if start.is_multiple_of(PAGE_SIZE) => Errno::ENOMEM,
             error => error,
         })?;
         check_access(protection)?;
@@ -712,7 +712,7 @@ fn check_access(protection: Protection) -> Result<()> {
 fn check_range(start: usize, length: usize) -> Result<usize> {
     let length = page_round_up(length).ok_or(Errno::EINVAL)?;
     let end = start.checked_add(length).ok_or(Errno::EINVAL)?;
-    if start % PAGE_SIZE != 0 || length == 0 || start < PROGRAM_START || end > PROGRAM_END {
+    if !start.is_multiple_of(PAGE_SIZE) || length == 0 || start < PROGRAM_START || end > PROGRAM_END {
         return Err(Errno::EINVAL);
     }
     Ok(end)

@@ -105,7 +105,7 @@ fn try_mmap(call: &Call<'_>) -> Result<usize> {
     if map & linux::MAP_ANONYMOUS != 0 {
         return process.memory.lock().map_zero(placement, length, protection, flags);
     }
-    if offset % PAGE_SIZE as u64 != 0 {
+    if !offset.is_multiple_of(PAGE_SIZE as u64) {
         return Err(Errno::EINVAL);
     }
     offset.checked_add(length as u64).ok_or(Errno::EOVERFLOW)?;

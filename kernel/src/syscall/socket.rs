@@ -406,7 +406,7 @@ fn sendto(call: &mut Call<'_>) -> Outcome {
 
 /// Ancillary data of a message to send.
 fn read_control(call: &Call<'_>, header: &msghdr, who: &Caller, outgoing: &mut Outgoing) -> Result<()> {
-    let length = header.msg_controllen as usize;
+    let length = header.msg_controllen;
     if length == 0 {
         return Ok(());
     }
@@ -623,7 +623,7 @@ fn write_message(
             None => 0,
         };
     }
-    let room = if header.msg_control.is_null() { 0 } else { header.msg_controllen as usize };
+    let room = if header.msg_control.is_null() { 0 } else { header.msg_controllen };
     let mut control = ControlWriter { bytes: Vec::new(), room, truncated: false };
     let options = socket.options().lock();
     let (pass_credentials, info, info_v6) =

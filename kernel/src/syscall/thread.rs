@@ -266,7 +266,7 @@ fn futex(call: &mut Call<'_>) -> Outcome {
 }
 
 fn check_futex(address: u64) -> Result<()> {
-    if address % 4 != 0 {
+    if !address.is_multiple_of(4) {
         return Err(Errno::EINVAL);
     }
     user::UserRange::new(address, 4).map(drop)
@@ -368,7 +368,7 @@ fn check_thread(call: &Call<'_>) -> Result<()> {
 fn sched_getaffinity(call: &mut Call<'_>) -> Outcome {
     let result = (|| {
         check_thread(call)?;
-        if call.raw(1) < 8 || call.raw(1) % 8 != 0 {
+        if call.raw(1) < 8 || !call.raw(1).is_multiple_of(8) {
             return Err(Errno::EINVAL);
         }
         user::write(call.raw(2), &1u64)?;

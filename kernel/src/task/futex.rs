@@ -36,7 +36,7 @@ impl FutexTable {
     /// # Errors
     /// `EAGAIN` when the word is another, `EFAULT`, `EINVAL` for a misaligned address or no bits.
     pub fn wait(&self, address: u64, expected: u32, bits: u32) -> Result<FutexWait> {
-        if address % 4 != 0 || bits == 0 {
+        if !address.is_multiple_of(4) || bits == 0 {
             return Err(Errno::EINVAL);
         }
         if user::read::<u32>(address)? != expected {

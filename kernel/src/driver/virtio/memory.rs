@@ -66,9 +66,8 @@ impl Buffer {
     pub fn new(length: usize) -> Option<Buffer> {
         let (_, pointer) = take(length, 64)?;
         // SAFETY: handed out once, initialised, mapped for good.
-        Some(Buffer {
-            bytes: unsafe { core::slice::from_raw_parts_mut(pointer.as_ptr(), length) },
-        })
+        let bytes = unsafe { core::slice::from_raw_parts_mut(pointer.as_ptr(), length) };
+        Some(Buffer { bytes })
     }
 
     /// Its contents. Only while it is not the device's.
