@@ -11,7 +11,8 @@
 //! * after a read that gave all it was asked for nothing is known: the next question about readiness looks (one
 //!   `MSG_PEEK`).
 //!
-//! Reading and writing themselves never trust a hint: they ask the host.
+//! Reading and writing themselves never trust a hint: they ask the host. The one exception is the second attempt in a row
+//! to read nothing, which a blocking call makes before it waits: it is answered here.
 //!
 //! What a program writes with `TCP_CORK` or `MSG_MORE` is held back here, up to [`HELD_LIMIT`], and goes to the host
 //! together with what follows: a server's header and file then cost one call of the host. It is held no longer than until
@@ -20,6 +21,7 @@
 #![allow(unsafe_code)]
 
 use alloc::{
+    collections::VecDeque,
     format,
     string::String,
     sync::{Arc, Weak},
@@ -63,6 +65,11 @@ const GUEST_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 /// The same for IPv6 (a unique local address, RFC 4193).
 const GUEST_V6: Ipv6Addr = Ipv6Addr::new(0xfd6b, 0x696c, 0x6e00, 0, 0, 0, 0, 0x15);
 
+/// The gateway of that network: what clients on the host's loopback are shown as.
+const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// The same for IPv6.
+const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd6b, 0x696c, 0x6e00, 0, 0, 0, 0, 2);
+
 /// There is something to read.
 const READABLE: u32 = 1;
 /// Whether there is something to read has to be looked up.
@@ -87,6 +94,9 @@ const HELD: u32 = 512;
 const CLOSING: u32 = 1024;
 /// The program has shut sending down; what is held goes out first.
 const SHUT_WAITS: u32 = 2048;
+
+/// The host has just said that there is nothing to read.
+const EMPTY: u32 = 4096;
 
 /// Most bytes that are held back for a connection.
 const HELD_LIMIT: usize = 16 << 10;
@@ -277,6 +287,12 @@ impl Descriptor {
     fn receive(&self, sink: &mut Sink<'_>, peek: bool, address: Option<&mut [u8]>) -> Result<(usize, usize)> {
         let number = self.number()?;
         self.tell_error()?;
+        if self.hints.has(EMPTY) {
+            self.hints.clear(EMPTY);
+            if !self.hints.has(READABLE | READ_UNKNOWN | READ_END | ERROR) {
+                return Err(Errno::EAGAIN);
+            }
+        }
         let asked = sink.remaining();
         let mut flags = if peek { linux::MSG_PEEK } else { 0 };
         if !self.stream {
@@ -311,6 +327,9 @@ impl Descriptor {
             Err(error) => {
                 if error == Errno::EAGAIN {
                     self.hints.nothing_to_read();
+                    if self.hints.has(WATCHED) {
+                        self.hints.set(EMPTY);
+                    }
                     self.ensure_watched();
                 } else {
                     self.hints.clear(ERROR);
@@ -616,20 +635,58 @@ impl Stream for HostStream {
 }
 
 /// A datagram socket of the host.
-struct HostDatagrams(Arc<Descriptor>);
+///
+/// A client on the host's own loopback is shown with the gateway's address: its own would mean the program's loopback, and
+/// answers to it would stay within the machine. Only such clients, once they have been heard, can be sent to so.
+struct HostDatagrams {
+    descriptor: Arc<Descriptor>,
+    /// Loopback clients that were heard, the latest first.
+    clients: Mutex<VecDeque<SocketAddr>>,
+}
+
+/// Loopback clients that a datagram socket remembers.
+const MAX_CLIENTS: usize = 1024;
+
+impl HostDatagrams {
+    /// How a sender is shown to the program.
+    fn shown(&self, from: SocketAddr) -> SocketAddr {
+        let gateway = match from.ip() {
+            IpAddr::V4(ip) if ip.is_loopback() => IpAddr::V4(GATEWAY_V4),
+            IpAddr::V6(ip) if ip.is_loopback() => IpAddr::V6(GATEWAY_V6),
+            _ => return from,
+        };
+        let mut clients = self.clients.lock();
+        if clients.front() != Some(&from) {
+            clients.retain(|client| *client != from);
+            clients.truncate(MAX_CLIENTS - 1);
+            clients.push_front(from);
+        }
+        SocketAddr::new(gateway, from.port())
+    }
+
+    /// Whom the program means.
+    fn meant(&self, to: SocketAddr) -> SocketAddr {
+        if to.ip() != IpAddr::V4(GATEWAY_V4) && to.ip() != IpAddr::V6(GATEWAY_V6) {
+            return to;
+        }
+        let clients = self.clients.lock();
+        let fits = |client: &&SocketAddr| client.port() == to.port() && client.is_ipv4() == to.is_ipv4();
+        clients.iter().find(fits).copied().unwrap_or(to)
+    }
+}
 
 impl Datagrams for HostDatagrams {
     fn receive(&self, sink: &mut Sink<'_>, peek: bool, only: Option<SocketAddr>) -> Result<DatagramReceived> {
         loop {
             let mut address = [0; super::address::MAX_LENGTH];
-            let (full_length, length) = self.0.receive(sink, peek, Some(&mut address))?;
+            let (full_length, length) = self.descriptor.receive(sink, peek, Some(&mut address))?;
             let from = match Address::decode(address.get(..length).unwrap_or_default()) {
-                Ok(Address::Inet(from)) => from,
+                Ok(Address::Inet(from)) => self.shown(from),
                 _ => return Err(Errno::EIO),
             };
             if only.is_some_and(|only| only != from) {
                 if peek {
-                    self.0.receive(&mut Sink::kernel(&mut []), false, None)?;
+                    self.descriptor.receive(&mut Sink::kernel(&mut []), false, None)?;
                 }
                 continue;
             }
@@ -641,25 +698,26 @@ impl Datagrams for HostDatagrams {
 
     fn send(&self, source: &mut Source<'_>, to: SocketAddr) -> Result<usize> {
         // The family that fits the socket is known to the host alone: try the address's own, then the mapped one.
+        let to = self.meant(to);
         let encoded = Address::Inet(to).encode(super::address::AF_INET);
-        match self.0.send(source, 0, encoded.as_bytes()) {
+        match self.descriptor.send(source, 0, encoded.as_bytes()) {
             Err(Errno::EAFNOSUPPORT | Errno::EINVAL) if to.is_ipv4() => {
-                self.0.send(source, 0, Address::Inet(to).encode(AF_INET6).as_bytes())
+                self.descriptor.send(source, 0, Address::Inet(to).encode(AF_INET6).as_bytes())
             }
             result => result,
         }
     }
 
     fn readiness(&self) -> Readiness {
-        self.0.readiness()
+        self.descriptor.readiness()
     }
 
     fn take_error(&self) -> Option<Errno> {
-        self.0.take_error()
+        self.descriptor.take_error()
     }
 
     fn close(&self) {
-        self.0.close();
+        self.descriptor.close();
     }
 }
 
@@ -799,7 +857,7 @@ impl Network for HostNetwork {
         let watch = Arc::clone(watch);
         let descriptor = Descriptor::new(self.host, &self.events, descriptor, watch, &self.holding, false);
         descriptor.ensure_watched();
-        Ok(Arc::new(HostDatagrams(descriptor)))
+        Ok(Arc::new(HostDatagrams { descriptor, clients: Mutex::new(VecDeque::new()) }))
     }
 
     fn interface(&self) -> Option<Interface> {
@@ -809,7 +867,7 @@ impl Network for HostNetwork {
             mac: Some([2, 0, 0, 0, 2, 15]),
             mtu: 65520,
             addresses: Vec::from([(IpAddr::V4(GUEST_V4), 24), (IpAddr::V6(GUEST_V6), 64)]),
-            gateways: Vec::from([IpAddr::V4(Ipv4Addr::new(10, 0, 2, 2))]),
+            gateways: Vec::from([IpAddr::V4(GATEWAY_V4), IpAddr::V6(GATEWAY_V6)]),
         })
     }
 
