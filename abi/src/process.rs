@@ -21,8 +21,10 @@ pub mod descriptor {
     /// The parameters. Stays open, so that nothing else gets the number; so do the link's and the frame stream's
     /// numbers when there are none.
     pub const PARAMETERS: i32 = 4;
-    /// The shim's epoll descriptor: made by the shim, so nothing may be open here.
-    pub const EPOLL: i32 = 5;
+    /// The shim's own ELF file, until the shim needs no more to execute itself once more.
+    pub const SHIM: i32 = 5;
+    /// The shim's epoll descriptor, in the place of [`SHIM`].
+    pub const EPOLL: i32 = SHIM;
     /// The link to the monitor, if there is one: a Unix stream socket.
     pub const LINK: i32 = 6;
     /// The frame stream of `--net direct`, if there is one: a Unix stream socket.

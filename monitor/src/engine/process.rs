@@ -31,6 +31,9 @@ const POOL_LENGTH: u64 = 1 << 44;
 /// Bytes of stack of the thread that waits for the instance.
 const KEEPER_STACK: usize = 64 << 10;
 
+/// What to do when memory files cannot be executed.
+const ALLOW_EXECUTION: &str = "set the sysctl vm.memfd_noexec to 0 or 1, or use --engine qemu";
+
 /// Bit of `AT_HWCAP2`: programs may use the FSGSBASE instructions.
 const FSGSBASE: usize = 2;
 
@@ -96,7 +99,10 @@ impl Engine for ProcessEngine {
         let pool = memfd_create(c"kiln-pool", MemfdFlags::CLOEXEC)
             .and_then(|file| ftruncate(&file, POOL_LENGTH).map(|()| file))
             .map_err(|error| failed("cannot make the instance's memory file")(error.into()))?;
-        let shim = executable(self.shim).map_err(failed("cannot make the shim's memory file"))?;
+        let shim = executable(self.shim).map_err(|error| StartError {
+            remedy: Some(ALLOW_EXECUTION.into()),
+            ..failed("cannot make the shim's memory file")(error)
+        })?;
         let files = Files {
             parameters,
             pool,
@@ -134,21 +140,18 @@ fn keep(launch: Launch, files: Files, sender: &mpsc::SyncSender<Result<Child, Fa
         (descriptor::CONSOLE, launch.console.as_fd()),
         (descriptor::POOL, files.pool.as_fd()),
         (descriptor::PARAMETERS, files.parameters.as_fd()),
+        (descriptor::SHIM, files.shim.as_fd()),
         (descriptor::LINK, launch.link.as_fd()),
     ];
     if let Some(frames) = &launch.frames {
         places.push((descriptor::NETWORK, frames.as_fd()));
     }
-    let descriptors = Descriptors {
-        shim: files.shim.as_fd(),
-        places: &places,
-    };
     let name = launch
         .directory
         .file_name()
         .and_then(|name| CString::new(format!("kiln: {}", name.display())).ok())
         .unwrap_or_else(|| c"kiln: instance".to_owned());
-    let result = spawn(&descriptors, &name);
+    let result = spawn(&places, &name);
     let watched = result
         .as_ref()
         .ok()
@@ -211,7 +214,7 @@ fn explain(failure: Failure) -> StartError {
         Step::ParentDeath => ("the monitor ended while it started the instance", None),
         Step::Execute => (
             "Linux refuses to execute the shim from memory",
-            Some("set the sysctl vm.memfd_noexec to 0 or 1, or use --engine qemu"),
+            Some(ALLOW_EXECUTION),
         ),
     };
     StartError {

@@ -83,6 +83,11 @@ const MAX_FILTER: usize = 4096;
 /// only to programs that ask.
 const UNSAVED_COMPONENTS: u64 = 1 << 9 | 1 << 17 | 1 << 18;
 
+/// Address space that the shim's own mappings need below what Linux has placed: image, stacks, and gaps.
+const ROOM: usize = 64 << 30;
+/// How often the shim executes itself again to be placed better.
+const ATTEMPTS: usize = 8;
+
 const SECCOMP_MODE_FILTER: usize = 2;
 const PT_LOAD: u32 = 1;
 const PT_DYNAMIC: u32 = 2;
@@ -97,6 +102,12 @@ struct Auxiliary {
     vdso: usize,
     headers: usize,
     header_count: usize,
+    /// Where the stack was at the start.
+    stack: usize,
+    /// The first argument: a name for process lists.
+    name: usize,
+    /// How many environment strings there are: how often the shim has executed itself.
+    attempts: usize,
 }
 
 /// Linux's `Elf64_Phdr`.
@@ -129,11 +140,6 @@ extern "C" fn start(stack: *const usize) -> ! {
     unsafe {
         find_clock(auxiliary.vdso);
         protect_constants(&auxiliary);
-    }
-    for (place, what) in [(stack as usize, "stack"), (auxiliary.vdso, "vDSO")] {
-        if layout::meets(place, place + 1) {
-            fail_layout(what);
-        }
     }
     let (parameters, parameter_file) = read_parameters();
     let image_length = match linux::file_size(descriptor::IMAGE) {
@@ -226,12 +232,17 @@ extern "C" fn start(stack: *const usize) -> ! {
 /// # Safety
 /// `stack` points to the argument count on a new program's stack.
 unsafe fn read_auxiliary(stack: *const usize) -> Auxiliary {
-    let mut auxiliary = Auxiliary::default();
+    let mut auxiliary = Auxiliary {
+        stack: stack as usize,
+        ..Auxiliary::default()
+    };
     // SAFETY: argument count, arguments, null, environment, null, pairs up to AT_NULL.
     unsafe {
+        auxiliary.name = stack.add(1).read();
         let mut pointer = stack.add(1 + stack.read() + 1);
         while pointer.read() != 0 {
             pointer = pointer.add(1);
+            auxiliary.attempts += 1;
         }
         pointer = pointer.add(1);
         loop {
@@ -251,14 +262,31 @@ unsafe fn read_auxiliary(stack: *const usize) -> Auxiliary {
     }
 }
 
-fn fail_layout(what: &str) -> ! {
-    crate::message::Line::new()
-        .text("Linux placed the shim's ")
-        .text(what)
-        .text(" low")
-        .print();
+/// Linux has placed something of ours where the kernel's or the program's memory belongs. Where addresses are as random
+/// as can be (vm.mmap_rnd_bits = 32) one start in a thousand comes to this; so another attempt may do.
+fn place_again(auxiliary: &Auxiliary) -> ! {
+    if auxiliary.attempts < ATTEMPTS {
+        let arguments = [auxiliary.name, 0];
+        // What counts is how many environment strings there are.
+        let mut environment = [0; ATTEMPTS + 1];
+        for place in environment.iter_mut().take(auxiliary.attempts + 1) {
+            *place = c"".as_ptr() as usize;
+        }
+        // SAFETY: replaces the process by itself.
+        unsafe {
+            let arguments = [
+                int(descriptor::SHIM),
+                c"".as_ptr() as usize,
+                arguments.as_ptr() as usize,
+                environment.as_ptr() as usize,
+                raw::AT_EMPTY_PATH as usize,
+                0,
+            ];
+            linux::syscall(raw::__NR_execveat, arguments);
+        }
+    }
     fail(
-        "Linux placed the shim where the program's memory belongs: set the sysctl vm.mmap_rnd_bits to 28, \
+        "Linux places the shim where the program's memory belongs: set the sysctl vm.mmap_rnd_bits to 28 and \
          vm.legacy_va_layout to 0",
         None,
     )
@@ -267,8 +295,15 @@ fn fail_layout(what: &str) -> ! {
 fn locate_shim(auxiliary: &Auxiliary) {
     let start = &raw const __ehdr_start as usize;
     let end = &raw const _end as usize;
-    if layout::meets(start, end) {
-        fail_layout("image");
+    // New mappings go below the lowest of what Linux has placed; there are to be some pages between it and the range.
+    let clear = |low: usize| !layout::meets(low.saturating_sub(ROOM), low);
+    let vdso = auxiliary.vdso;
+    if !clear(start)
+        || layout::meets(start, end)
+        || !clear(auxiliary.stack)
+        || vdso != 0 && !clear(vdso)
+    {
+        place_again(auxiliary);
     }
     state::SHIM.set(MemoryRange {
         start,

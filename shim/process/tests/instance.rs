@@ -578,6 +578,37 @@ fn hosts_without_namespaces_will_do() {
     }
 }
 
+/// Linux is told to place mappings from the bottom, and at no random addresses: the monitor's affair alone.
+#[test]
+fn addresses_are_random_whatever_the_monitor_has() {
+    if rustix::process::geteuid().is_root() {
+        let wrapper = ["setarch", "--addr-no-randomize", "--addr-compat-layout"];
+        as_user(&wrapper, FOR_EVERY_USER);
+    }
+}
+
+/// A shim that Linux places where the program belongs executes itself again, but not for ever.
+#[test]
+fn a_bad_place_is_left() {
+    let programs = programs();
+    let folder =
+        Folder(std::env::temp_dir().join(format!("kiln-shim-place-{}", std::process::id())));
+    std::fs::create_dir(&folder.0).unwrap();
+    let shim = folder.0.join("shim");
+    std::fs::write(&shim, programs.shim).unwrap();
+    std::fs::set_permissions(&shim, Permissions::from_mode(0o755)).unwrap();
+    let script = "exec env -i setarch --addr-compat-layout \"$0\" 5<\"$0\"";
+    let output = Command::new("sh")
+        .arg("-c")
+        .arg(script)
+        .arg(&shim)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(EXIT_SHIM), "{text}");
+    assert!(text.contains("vm.legacy_va_layout"), "{text}");
+}
+
 #[test]
 fn many_starts() {
     for _ in 0..50 {

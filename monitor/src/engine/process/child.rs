@@ -75,13 +75,8 @@ pub fn has_seccomp() -> bool {
     result == 0
 }
 
-/// What a child is to find open.
-pub struct Descriptors<'a> {
-    /// The shim's ELF file.
-    pub shim: BorrowedFd<'a>,
-    /// Descriptors with the numbers they are to have.
-    pub places: &'a [(i32, BorrowedFd<'a>)],
-}
+/// Descriptors that a child is to find open, with the numbers they are to have. [`descriptor::SHIM`] is executed.
+pub type Descriptors<'a> = [(i32, BorrowedFd<'a>)];
 
 /// A step of the child that can fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,6 +223,8 @@ fn text(text: &CStr) -> c_long {
 fn prepare_and_execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, (Step, i32)> {
     // A terminal's signals are for the monitor.
     let _ = call(Step::Limits, libc::SYS_setsid, [0; 5]);
+    // Addresses at random and from the top, whatever the monitor was started with (setarch(8)).
+    let _ = call(Step::Limits, libc::SYS_personality, [0; 5]);
     // `/proc/self` is this process for whoever reads the file later.
     let statm = call(
         Step::Statm,
@@ -244,7 +241,7 @@ fn prepare_and_execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, (Ste
         // Further defence only: the filter allows no call that takes a path.
         let _ = enter_empty_root();
     }
-    let shim = place_descriptors(plan.descriptors, statm)?;
+    place_descriptors(plan.descriptors, statm)?;
     limit()?;
     give_up_privileges(plan.drop_identity)?;
     end_with_monitor()?;
@@ -254,7 +251,7 @@ fn prepare_and_execute(plan: &Plan<'_>) -> Result<std::convert::Infallible, (Ste
         Step::Execute,
         libc::SYS_execveat,
         [
-            shim,
+            descriptor::SHIM.into(),
             text(c""),
             arguments.as_ptr() as c_long,
             environment.as_ptr() as c_long,
@@ -291,8 +288,8 @@ fn enter_empty_root() -> Result<(), (Step, i32)> {
     Ok(())
 }
 
-/// Gives descriptors their numbers and closes all others. Returns the shim's, which closes when it is executed.
-fn place_descriptors(descriptors: &Descriptors<'_>, statm: c_long) -> Result<c_long, (Step, i32)> {
+/// Gives descriptors their numbers and has all others close when the shim is executed.
+fn place_descriptors(descriptors: &Descriptors<'_>, statm: c_long) -> Result<(), (Step, i32)> {
     const PLACES: usize = descriptor::FIRST_FREE as usize;
     let step = Step::Descriptors;
     let park = |number: c_long| {
@@ -300,7 +297,7 @@ fn place_descriptors(descriptors: &Descriptors<'_>, statm: c_long) -> Result<c_l
         call(step, libc::SYS_fcntl, [number, command, PARKING, 0, 0])
     };
     let mut parked = [None; PLACES];
-    for (place, descriptor) in descriptors.places {
+    for (place, descriptor) in descriptors {
         let index = usize::try_from(*place).map_err(|_| (step, libc::EBADF))?;
         let slot = parked.get_mut(index).ok_or((step, libc::EBADF))?;
         *slot = Some(park(descriptor.as_raw_fd().into())?);
@@ -308,7 +305,6 @@ fn place_descriptors(descriptors: &Descriptors<'_>, statm: c_long) -> Result<c_l
     if let Some(slot) = parked.get_mut(descriptor::STATM as usize) {
         *slot = Some(park(statm)?);
     }
-    let shim = park(descriptors.shim.as_raw_fd().into())?;
     for (place, source) in (0..).zip(parked) {
         match source {
             Some(source) => {
@@ -322,7 +318,7 @@ fn place_descriptors(descriptors: &Descriptors<'_>, statm: c_long) -> Result<c_l
     let (first, last) = (PLACES as c_long, c_long::from(u32::MAX));
     let cloexec = libc::CLOSE_RANGE_CLOEXEC as c_long;
     call(step, libc::SYS_close_range, [first, last, cloexec, 0, 0])?;
-    Ok(shim)
+    Ok(())
 }
 
 fn limit() -> Result<(), (Step, i32)> {
