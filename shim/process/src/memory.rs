@@ -63,6 +63,11 @@ pub fn set_limit(bytes: u64) {
     check();
 }
 
+/// The limit in bytes.
+pub fn limit() -> u64 {
+    LIMIT.load(Relaxed)
+}
+
 /// Measures, and asks for the next check.
 pub fn check() -> Standing {
     let limit = LIMIT.load(Relaxed);

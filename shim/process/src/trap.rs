@@ -11,7 +11,7 @@
 #![allow(unsafe_code)]
 
 use core::arch::{asm, global_asm};
-use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use kiln_abi::host::{Context, CpuArea, Trap, TrapKind, exit_code, fault_flags};
 use kiln_abi::process::EXIT_MEMORY;
@@ -228,9 +228,7 @@ extern "C" fn handle(
             Standing::Within => BACK,
             Standing::Above => exhausted(context),
             Standing::FarAbove => {
-                Line::new()
-                    .text("out of memory: far above the limit, and growing (more: -m)")
-                    .print();
+                say_exhausted();
                 linux::exit(EXIT_MEMORY)
             }
         },
@@ -290,6 +288,9 @@ fn event(context: &mut SignalContext) -> Leave {
 
 /// The memory limit is passed: the program does not go on. The kernel goes on; it gets no more memory.
 fn exhausted(context: &SignalContext) -> Leave {
+    if !SAID_EXHAUSTED.swap(true, Relaxed) {
+        say_exhausted();
+    }
     let trap = Trap {
         kind: TrapKind::Bus as u64,
         address: 0,
@@ -300,6 +301,19 @@ fn exhausted(context: &SignalContext) -> Leave {
         Place::Resume => upcall(context, trap, false),
         Place::UserCopy | Place::Kernel => BACK,
     }
+}
+
+/// Once is enough: a program may go on with less.
+static SAID_EXHAUSTED: AtomicBool = AtomicBool::new(false);
+
+#[cold]
+#[inline(never)]
+fn say_exhausted() {
+    Line::new()
+        .text("out of memory: the instance has passed its limit of ")
+        .decimal((memory::limit() >> 20) as usize)
+        .text(" MiB (give it more with -m)")
+        .print();
 }
 
 fn system_call(information: &SignalInformation, context: &mut SignalContext) -> Leave {

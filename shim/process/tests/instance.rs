@@ -293,7 +293,7 @@ fn calls_outside_the_filter_kill_the_instance() {
 fn memory_has_a_limit() {
     let (end, text) = start("limit").end();
     assert_eq!(end, End::Exited(EXIT_MEMORY), "{text}");
-    assert!(text.contains("out of memory"), "{text}");
+    assert!(text.contains("its limit of 64 MiB"), "{text}");
 }
 
 #[test]
