@@ -271,7 +271,7 @@ fn panic(information: &PanicInfo<'_>) -> ! {
         address >= range.start as u64 && address - (range.start as u64) < range.length as u64
     };
     for depth in 0..DEPTH {
-        if frame == 0 || frame % 8 != 0 {
+        if frame == 0 || !frame.is_multiple_of(8) {
             break;
         }
         // SAFETY: frame pointers of the kernel's own stack; the chain ends with zero, and is left when an address does
