@@ -18,7 +18,7 @@ use crate::{
     },
     fs::{Kind, Metadata, tmpfs::Node, tmpfs::Tmpfs, vfs::Place},
     memory::user::{self, UserRange},
-    task::{Process, Thread},
+    task::{Process, Thread, signal},
 };
 
 /// The supported calls.
@@ -308,13 +308,20 @@ fn read_ranges(file: &Arc<OpenFile>, ranges: Vec<UserRange>) -> Outcome {
     })
 }
 
-/// Writes all of a source: a blocking stream takes everything before the call ends, or until an error.
+/// Whether a signal is about to take the thread out of its call.
+fn is_interrupted(thread: &Thread) -> bool {
+    let mask = thread.signals.lock().mask();
+    signal::pending(thread).0 & !mask.0 != 0
+}
+
+/// Writes all of a source, of which `done` bytes are written already: a blocking stream takes everything before the
+/// call ends, or until an error.
 fn write_source(
     thread: &Arc<Thread>,
     file: &Arc<OpenFile>,
     mut source: Source<'static>,
+    mut done: usize,
 ) -> Outcome {
-    let mut done = 0;
     let (thread, again) = (Arc::clone(thread), Arc::clone(file));
     let whole = !file.file.is_seekable() && !file.is_non_blocking();
     let attempt = move || loop {
@@ -325,7 +332,10 @@ fn write_source(
                     return Ok(done);
                 }
             }
-            Err(Errno::EAGAIN) if done > 0 && !whole => return Ok(done),
+            // What has been written must be told: a call that a signal takes back would be made again as a whole.
+            Err(Errno::EAGAIN) if done > 0 && (!whole || is_interrupted(&thread)) => {
+                return Ok(done);
+            }
             Err(Errno::EAGAIN) => return Err(Errno::EAGAIN),
             Err(error) => {
                 if error == Errno::EPIPE {
@@ -353,8 +363,10 @@ fn write(call: &mut Call<'_>) -> Outcome {
             Ok(count).into()
         }
         Ok(0) => Outcome::Done(Ok(0)),
-        Ok(count) => write_rest(call.thread, &file, source, count),
-        Err(Errno::EAGAIN) if !file.is_non_blocking() => write_source(call.thread, &file, source),
+        Ok(count) => write_source(call.thread, &file, source, count),
+        Err(Errno::EAGAIN) if !file.is_non_blocking() => {
+            write_source(call.thread, &file, source, 0)
+        }
         Err(Errno::EPIPE) => {
             call.thread.raise_broken_pipe();
             Outcome::fail(Errno::EPIPE)
@@ -363,29 +375,11 @@ fn write(call: &mut Call<'_>) -> Outcome {
     }
 }
 
-fn write_rest(
-    thread: &Arc<Thread>,
-    file: &Arc<OpenFile>,
-    source: Source<'static>,
-    before: usize,
-) -> Outcome {
-    match write_source(thread, file, source) {
-        Outcome::Done(Ok(count)) => Outcome::Done(Ok(count + before as u64)),
-        Outcome::Done(Err(_)) => Outcome::Done(Ok(before as u64)),
-        Outcome::Wait(future, restart) => Outcome::wait(restart, async move {
-            Ok(future
-                .await
-                .map_or(before as u64, |count| count + before as u64))
-        }),
-        other => other,
-    }
-}
-
 fn writev(call: &mut Call<'_>) -> Outcome {
     let file = attempt!(call.process().file(call.int(0)));
     let ranges = attempt!(user::read_ranges(call.raw(1), call.raw(2)));
     let source = attempt!(Source::user_vector(&ranges));
-    write_source(call.thread, &file, source)
+    write_source(call.thread, &file, source, 0)
 }
 
 /// A file to read or write at a position.
@@ -578,7 +572,9 @@ fn sendfile(call: &mut Call<'_>) -> Outcome {
             }) {
                 Ok(0) => break Ok(()),
                 Ok(taken) => done += taken,
-                Err(Errno::EAGAIN) if blocking => return Err(Errno::EAGAIN),
+                Err(Errno::EAGAIN) if blocking && (done == 0 || !is_interrupted(&thread)) => {
+                    return Err(Errno::EAGAIN);
+                }
                 Err(error) => break Err(error),
             }
         };

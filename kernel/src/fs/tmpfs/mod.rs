@@ -28,8 +28,8 @@ use kiln_abi::host::PAGE_SIZE;
 use linux_raw_sys::general as linux;
 
 use super::{
-    Clock, Creation, DirectoryEntry, FileSystemStatistics, Inode, Kind, MapSource, Metadata, MetadataChange, Timestamp,
-    pool::Pool, regular::RegularFile,
+    Clock, Creation, DirectoryEntry, FileSystemStatistics, Inode, Kind, MapSource, Metadata,
+    MetadataChange, Timestamp, pool::Pool, regular::RegularFile,
 };
 use crate::{
     Errno, Result,
@@ -93,8 +93,14 @@ impl Tmpfs {
     #[must_use]
     pub fn empty(parts: TmpfsParts, permissions: u32) -> Arc<dyn Inode> {
         let tmpfs = Tmpfs::new(parts, linux::TMPFS_MAGIC);
-        let creation =
-            Creation { kind: Kind::Directory, permissions, uid: 0, gid: 0, target: "", special_device: 0 };
+        let creation = Creation {
+            kind: Kind::Directory,
+            permissions,
+            uid: 0,
+            gid: 0,
+            target: "",
+            special_device: 0,
+        };
         tmpfs.create(&creation)
     }
 
@@ -108,9 +114,22 @@ impl Tmpfs {
 
     /// A file without a name in any directory (`memfd_create`).
     #[must_use]
-    pub fn unnamed_file(root: &Arc<dyn Inode>, permissions: u32, uid: u32, gid: u32, sealable: bool) -> Option<Arc<Node>> {
+    pub fn unnamed_file(
+        root: &Arc<dyn Inode>,
+        permissions: u32,
+        uid: u32,
+        gid: u32,
+        sealable: bool,
+    ) -> Option<Arc<Node>> {
         let root = root.as_any().downcast_ref::<Node>()?;
-        let creation = Creation { kind: Kind::Regular, permissions, uid, gid, target: "", special_device: 0 };
+        let creation = Creation {
+            kind: Kind::Regular,
+            permissions,
+            uid,
+            gid,
+            target: "",
+            special_device: 0,
+        };
         let node = root.file_system.create(&creation);
         node.attributes.lock().links = 0;
         if let Body::File(content) = &node.body {
@@ -135,10 +154,18 @@ impl Tmpfs {
             kind: creation.kind,
             special_device: creation.special_device,
             attributes: Mutex::new(Attributes {
-                permissions: if creation.kind == Kind::SymbolicLink { 0o777 } else { creation.permissions },
+                permissions: if creation.kind == Kind::SymbolicLink {
+                    0o777
+                } else {
+                    creation.permissions
+                },
                 uid: creation.uid,
                 gid: creation.gid,
-                links: if creation.kind == Kind::Directory { 2 } else { 1 },
+                links: if creation.kind == Kind::Directory {
+                    2
+                } else {
+                    1
+                },
                 accessed: now,
                 modified: now,
                 changed: now,
@@ -151,11 +178,21 @@ impl Tmpfs {
     fn adopt(self: &Arc<Tmpfs>, lower: &Arc<dyn Inode>) -> Result<Arc<Node>> {
         let metadata = lower.metadata()?;
         let several = metadata.links > 1 && metadata.kind != Kind::Directory;
-        if several && let Some(node) = self.linked.lock().get(&metadata.inode).and_then(Weak::upgrade) {
+        if several
+            && let Some(node) = self
+                .linked
+                .lock()
+                .get(&metadata.inode)
+                .and_then(Weak::upgrade)
+        {
             return Ok(node);
         }
         let body = match metadata.kind {
-            Kind::Regular => Body::File(Mutex::new(Content::over(&self.pool, Arc::clone(lower), metadata.size))),
+            Kind::Regular => Body::File(Mutex::new(Content::over(
+                &self.pool,
+                Arc::clone(lower),
+                metadata.size,
+            ))),
             Kind::Directory => Body::Directory(Mutex::new(Directory::new(Some(Arc::clone(lower))))),
             Kind::SymbolicLink => Body::Link(lower.target()?),
             Kind::Fifo => Body::Fifo(Fifo::new()),
@@ -179,7 +216,9 @@ impl Tmpfs {
             body,
         });
         if several {
-            self.linked.lock().insert(metadata.inode, Arc::downgrade(&node));
+            self.linked
+                .lock()
+                .insert(metadata.inode, Arc::downgrade(&node));
         }
         Ok(node)
     }
@@ -281,7 +320,11 @@ impl Node {
     /// # Errors
     /// `EINVAL` for files that cannot have seals.
     pub fn seals(&self) -> Result<u32> {
-        self.content().map_err(|_| Errno::EINVAL)?.lock().seals.ok_or(Errno::EINVAL)
+        self.content()
+            .map_err(|_| Errno::EINVAL)?
+            .lock()
+            .seals
+            .ok_or(Errno::EINVAL)
     }
 
     /// Adds seals to a memory file (`F_ADD_SEALS`).
@@ -418,7 +461,11 @@ impl Inode for Node {
 
     fn link(&self, name: &str, inode: &Arc<dyn Inode>) -> Result<()> {
         let directory = self.directory()?;
-        let node = inode.as_any().downcast_ref::<Node>().and_then(|node| node.this.upgrade()).ok_or(Errno::EXDEV)?;
+        let node = inode
+            .as_any()
+            .downcast_ref::<Node>()
+            .and_then(|node| node.this.upgrade())
+            .ok_or(Errno::EXDEV)?;
         if !Arc::ptr_eq(&node.file_system, &self.file_system) {
             return Err(Errno::EXDEV);
         }
@@ -451,8 +498,17 @@ impl Inode for Node {
         Ok(())
     }
 
-    fn rename(&self, name: &str, new_parent: &Arc<dyn Inode>, new_name: &str, flags: u32) -> Result<()> {
-        let parent = new_parent.as_any().downcast_ref::<Node>().ok_or(Errno::EXDEV)?;
+    fn rename(
+        &self,
+        name: &str,
+        new_parent: &Arc<dyn Inode>,
+        new_name: &str,
+        flags: u32,
+    ) -> Result<()> {
+        let parent = new_parent
+            .as_any()
+            .downcast_ref::<Node>()
+            .ok_or(Errno::EXDEV)?;
         if !Arc::ptr_eq(&parent.file_system, &self.file_system) {
             return Err(Errno::EXDEV);
         }
@@ -592,7 +648,10 @@ impl Inode for Node {
     }
 
     fn allocate(&self, mode: u32, position: u64, length: u64) -> Result<()> {
-        let end = position.checked_add(length).filter(|&end| end <= i64::MAX as u64).ok_or(Errno::EFBIG)?;
+        let end = position
+            .checked_add(length)
+            .filter(|&end| end <= i64::MAX as u64)
+            .ok_or(Errno::EFBIG)?;
         let keep_size = mode & linux::FALLOC_FL_KEEP_SIZE != 0;
         let mut content = self.content().map_err(|_| Errno::ENODEV)?.lock();
         match mode & !linux::FALLOC_FL_KEEP_SIZE {
@@ -623,6 +682,18 @@ impl Inode for Node {
         drop(content);
         self.touch_modified();
         Ok(())
+    }
+
+    fn attribute(&self, name: &str) -> Result<Vec<u8>> {
+        // None are kept; whoever asks for one of a kind that Linux's file systems have hears that it is not there.
+        if name.starts_with("user.")
+            || name.starts_with("security.")
+            || name.starts_with("trusted.")
+        {
+            Err(Errno::ENODATA)
+        } else {
+            Err(Errno::EOPNOTSUPP)
+        }
     }
 
     fn statistics(&self) -> Result<FileSystemStatistics> {
