@@ -59,13 +59,21 @@ impl Events {
 
     /// Drops the events of `source` from now on.
     pub fn unregister(&self, source: u32) {
-        let earlier = self.handlers.lock().get_mut(source as usize).and_then(Option::take);
+        let earlier = self
+            .handlers
+            .lock()
+            .get_mut(source as usize)
+            .and_then(Option::take);
         drop(earlier);
     }
 
     /// Gives one event to its handler; an event that nobody wants is dropped.
     pub fn dispatch(&self, event: Event) {
-        let handler = self.handlers.lock().get(event.source as usize).and_then(Clone::clone);
+        let handler = self
+            .handlers
+            .lock()
+            .get(event.source as usize)
+            .and_then(Clone::clone);
         if let Some(handler) = handler {
             handler.handle(event);
         }
@@ -136,12 +144,30 @@ mod tests {
         let events = Events::new();
         let log = Arc::new(Log::default());
         events.register(70, log.clone());
-        events.dispatch(Event { source: 70, flags: 1 });
-        events.dispatch(Event { source: 71, flags: 1 });
-        events.dispatch(Event { source: u32::MAX, flags: 1 });
+        events.dispatch(Event {
+            source: 70,
+            flags: 1,
+        });
+        events.dispatch(Event {
+            source: 71,
+            flags: 1,
+        });
+        events.dispatch(Event {
+            source: u32::MAX,
+            flags: 1,
+        });
         events.unregister(70);
-        events.dispatch(Event { source: 70, flags: 4 });
-        assert_eq!(*log.0.lock(), [Event { source: 70, flags: 1 }]);
+        events.dispatch(Event {
+            source: 70,
+            flags: 4,
+        });
+        assert_eq!(
+            *log.0.lock(),
+            [Event {
+                source: 70,
+                flags: 1
+            }]
+        );
     }
 
     #[test]
@@ -149,11 +175,23 @@ mod tests {
         let events = Events::new();
         let log = Arc::new(Log::default());
         events.register(5, log.clone());
-        events.defer(Event { source: 5, flags: 1 });
-        events.defer(Event { source: 5, flags: 4 });
+        events.defer(Event {
+            source: 5,
+            flags: 1,
+        });
+        events.defer(Event {
+            source: 5,
+            flags: 4,
+        });
         assert!(events.has_deferred());
         events.dispatch_deferred();
         events.dispatch_deferred();
-        assert_eq!(*log.0.lock(), [Event { source: 5, flags: 5 }]);
+        assert_eq!(
+            *log.0.lock(),
+            [Event {
+                source: 5,
+                flags: 5
+            }]
+        );
     }
 }

@@ -24,7 +24,10 @@ impl FrameReader {
             }
         }
         // The whole of the frame that is under way fits, so that large ones need few calls.
-        let wanted = self.announced().map_or(0, |length| length.saturating_sub(self.end - self.start)).max(least);
+        let wanted = self
+            .announced()
+            .map_or(0, |length| length.saturating_sub(self.end - self.start))
+            .max(least);
         if self.buffer.len() - self.end < wanted {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
@@ -43,7 +46,10 @@ impl FrameReader {
 
     /// Length of the first frame with its header, if that has come and is allowed.
     fn announced(&self) -> Option<usize> {
-        let header = self.buffer.get(self.start..self.end)?.first_chunk::<HEADER>()?;
+        let header = self
+            .buffer
+            .get(self.start..self.end)?
+            .first_chunk::<HEADER>()?;
         let (_, length) = parse_header(*header);
         (length <= MAX_PAYLOAD).then_some(HEADER + length as usize)
     }
@@ -52,7 +58,9 @@ impl FrameReader {
     /// An error is the length of a frame that is not allowed; the stream cannot be used any more then.
     pub(super) fn next_frame(&mut self) -> Result<Option<(u32, &[u8])>, u32> {
         let data = self.buffer.get(self.start..self.end).unwrap_or_default();
-        let Some((header, rest)) = data.split_first_chunk::<HEADER>() else { return Ok(None) };
+        let Some((header, rest)) = data.split_first_chunk::<HEADER>() else {
+            return Ok(None);
+        };
         let (channel, length) = parse_header(*header);
         if length > MAX_PAYLOAD {
             return Err(length);
@@ -62,6 +70,9 @@ impl FrameReader {
             return Ok(None);
         }
         self.start += HEADER + length;
-        Ok(self.buffer.get(self.start - length..self.start).map(|payload| (channel, payload)))
+        Ok(self
+            .buffer
+            .get(self.start - length..self.start)
+            .map(|payload| (channel, payload)))
     }
 }

@@ -124,7 +124,10 @@ impl Link {
         });
         events.register(source, Arc::clone(&link) as Arc<dyn EventHandler>);
         // What came before the registration makes no event any more.
-        events.defer(Event { source, flags: event_flags::READABLE });
+        events.defer(Event {
+            source,
+            flags: event_flags::READABLE,
+        });
         link
     }
 
@@ -136,7 +139,10 @@ impl Link {
 
     /// Has the main loop look at the link again.
     fn wake(&self) {
-        self.events.defer(Event { source: self.stream.source(), flags: event_flags::READABLE });
+        self.events.defer(Event {
+            source: self.stream.source(),
+            flags: event_flags::READABLE,
+        });
     }
 
     /// Sends a control message. When the monitor has gone it is dropped: [`Receiver::disconnected`] tells.
@@ -155,7 +161,10 @@ impl Link {
     /// `EMSGSIZE` when the payload is longer than the protocol allows, `EIO` when the monitor has gone.
     pub fn post(&self, channel: u32, parts: &[&[u8]]) -> Result<()> {
         let length: usize = parts.iter().map(|part| part.len()).sum();
-        let length = u32::try_from(length).ok().filter(|&length| length <= MAX_PAYLOAD).ok_or(Errno::EMSGSIZE)?;
+        let length = u32::try_from(length)
+            .ok()
+            .filter(|&length| length <= MAX_PAYLOAD)
+            .ok_or(Errno::EMSGSIZE)?;
         let mut frame = Vec::with_capacity(kiln_abi::link::HEADER + length as usize);
         frame.extend_from_slice(&header(channel, length));
         for part in parts {
@@ -167,7 +176,11 @@ impl Link {
         }
         state.outgoing.push_back(frame);
         self.flush(&mut state);
-        if state.broken { Err(Errno::EIO) } else { Ok(()) }
+        if state.broken {
+            Err(Errno::EIO)
+        } else {
+            Ok(())
+        }
     }
 
     /// Sends a FUSE request on a volume's channel and waits for the reply with the same `unique` (bytes 8 to 16 of both,
@@ -214,9 +227,18 @@ impl Link {
         self.pump(|state| {
             let index = state.control.iter().position(&mut matches)?;
             // Descriptors belong to messages in order: those of the messages before stay in front.
-            let before = state.control.iter().take(index).filter(|message| carries_descriptor(message)).count();
+            let before = state
+                .control
+                .iter()
+                .take(index)
+                .filter(|message| carries_descriptor(message))
+                .count();
             let message = state.control.remove(index)?;
-            let descriptor = if carries_descriptor(&message) { state.descriptors.remove(before) } else { None };
+            let descriptor = if carries_descriptor(&message) {
+                state.descriptors.remove(before)
+            } else {
+                None
+            };
             Some((message, descriptor))
         })
     }
@@ -230,7 +252,10 @@ impl Link {
             self.flush(&mut state);
             self.fill(&mut state);
             let result = found(&mut state);
-            let (left, broken) = (!state.control.is_empty() || !state.outgoing.is_empty(), state.broken);
+            let (left, broken) = (
+                !state.control.is_empty() || !state.outgoing.is_empty(),
+                state.broken,
+            );
             drop(state);
             if let Some(result) = result {
                 if left || broken {
@@ -256,7 +281,10 @@ impl Link {
     /// Sends what waits, as far as the stream takes it.
     fn flush(&self, state: &mut State) {
         while let Some(front) = state.outgoing.front() {
-            match self.stream.send(front.get(state.sent..).unwrap_or_default()) {
+            match self
+                .stream
+                .send(front.get(state.sent..).unwrap_or_default())
+            {
                 Ok(count) => {
                     state.sent += count;
                     if state.sent >= front.len() {
@@ -298,14 +326,19 @@ impl Link {
                 Err(error) => return self.fail(state, error),
             };
             for &number in descriptors.iter().take(descriptor_count) {
-                state.descriptors.push_back(HostDescriptor::new(self.host, number));
+                state
+                    .descriptors
+                    .push_back(HostDescriptor::new(self.host, number));
             }
             state.reader.filled(count);
             loop {
                 match state.reader.next_frame() {
-                    Ok(Some((CONTROL, payload))) => match postcard::from_bytes::<ToKernel>(payload) {
+                    Ok(Some((CONTROL, payload))) => match postcard::from_bytes::<ToKernel>(payload)
+                    {
                         Ok(message) => state.control.push_back(message),
-                        Err(error) => trace::warn!("link: a message of the monitor cannot be decoded: {error}"),
+                        Err(error) => trace::warn!(
+                            "link: a message of the monitor cannot be decoded: {error}"
+                        ),
                     },
                     Ok(Some((channel, payload))) => {
                         let reply = (channel, payload.to_vec());
@@ -313,7 +346,9 @@ impl Link {
                     }
                     Ok(None) => break,
                     Err(length) => {
-                        trace::warn!("link: the monitor announces a frame of {length} bytes, more than allowed");
+                        trace::warn!(
+                            "link: the monitor announces a frame of {length} bytes, more than allowed"
+                        );
                         return self.fail(state, Errno::EPROTO);
                     }
                 }
@@ -329,13 +364,19 @@ impl Link {
     /// The next control message with its descriptor.
     fn next_control(&self, state: &mut State) -> Option<(ToKernel, Option<HostDescriptor>)> {
         let message = state.control.pop_front()?;
-        let descriptor = if carries_descriptor(&message) { state.descriptors.pop_front() } else { None };
+        let descriptor = if carries_descriptor(&message) {
+            state.descriptors.pop_front()
+        } else {
+            None
+        };
         Some((message, descriptor))
     }
 
     /// Delivers control messages.
     fn deliver(&self) {
-        let Some(receiver) = self.receiver.lock().clone() else { return };
+        let Some(receiver) = self.receiver.lock().clone() else {
+            return;
+        };
         loop {
             let mut state = self.state.lock();
             let next = self.next_control(&mut state);

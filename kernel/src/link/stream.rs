@@ -57,7 +57,8 @@ impl ByteStream for DescriptorStream {
     }
 
     fn receive(&self, bytes: &mut [u8], descriptors: &mut [i32]) -> Result<(usize, usize)> {
-        self.host.descriptor_receive(self.descriptor, bytes, descriptors)
+        self.host
+            .descriptor_receive(self.descriptor, bytes, descriptors)
     }
 
     fn send(&self, bytes: &[u8]) -> Result<usize> {

@@ -57,7 +57,10 @@ pub struct Encoded {
 
 impl Encoded {
     fn new() -> Encoded {
-        Encoded { bytes: [0; MAX_LENGTH], length: 0 }
+        Encoded {
+            bytes: [0; MAX_LENGTH],
+            length: 0,
+        }
     }
 
     fn push(&mut self, bytes: &[u8]) {
@@ -77,7 +80,11 @@ impl Encoded {
 }
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N]> {
-    bytes.get(at..).and_then(|rest| rest.first_chunk::<N>()).copied().ok_or(Errno::EINVAL)
+    bytes
+        .get(at..)
+        .and_then(|rest| rest.first_chunk::<N>())
+        .copied()
+        .ok_or(Errno::EINVAL)
 }
 
 impl Address {
@@ -94,7 +101,10 @@ impl Address {
                     return Err(Errno::EINVAL);
                 }
                 let port = u16::from_be_bytes(array(bytes, 2)?);
-                Ok(Address::Inet(SocketAddr::new(IpAddr::V4(Ipv4Addr::from(array::<4>(bytes, 4)?)), port)))
+                Ok(Address::Inet(SocketAddr::new(
+                    IpAddr::V4(Ipv4Addr::from(array::<4>(bytes, 4)?)),
+                    port,
+                )))
             }
             AF_INET6 => {
                 // `sin6_scope_id` came later: RFC 2133 had 24 bytes.
@@ -114,12 +124,18 @@ impl Address {
                 Ok(Address::Unix(match path.split_first() {
                     None => UnixName::Unnamed,
                     Some((0, name)) => UnixName::Abstract(name.to_vec()),
-                    Some(_) => UnixName::Path(path.split(|&byte| byte == 0).next().unwrap_or_default().to_vec()),
+                    Some(_) => UnixName::Path(
+                        path.split(|&byte| byte == 0)
+                            .next()
+                            .unwrap_or_default()
+                            .to_vec(),
+                    ),
                 }))
             }
-            AF_NETLINK => {
-                Ok(Address::Netlink(u32::from_ne_bytes(array(bytes, 4)?), u32::from_ne_bytes(array(bytes, 8)?)))
-            }
+            AF_NETLINK => Ok(Address::Netlink(
+                u32::from_ne_bytes(array(bytes, 4)?),
+                u32::from_ne_bytes(array(bytes, 8)?),
+            )),
             _ => Err(Errno::EAFNOSUPPORT),
         }
     }
@@ -174,7 +190,11 @@ impl Address {
 
 /// An IPv4 address as an `AF_INET6` socket tells it. The unspecified address stays unspecified.
 fn as_v6(ip: Ipv4Addr) -> Ipv6Addr {
-    if ip.is_unspecified() { Ipv6Addr::UNSPECIFIED } else { ip.to_ipv6_mapped() }
+    if ip.is_unspecified() {
+        Ipv6Addr::UNSPECIFIED
+    } else {
+        ip.to_ipv6_mapped()
+    }
 }
 
 /// The unspecified address of a socket family with port 0.
@@ -218,7 +238,10 @@ mod tests {
     fn inet_addresses_survive_both_families() {
         assert_eq!(round("10.1.2.3:80", AF_INET).to_string(), "10.1.2.3:80");
         assert_eq!(round("10.1.2.3:80", AF_INET6).to_string(), "10.1.2.3:80");
-        assert_eq!(round("[fe80::1%3]:80", AF_INET6).to_string(), "[fe80::1%3]:80");
+        assert_eq!(
+            round("[fe80::1%3]:80", AF_INET6).to_string(),
+            "[fe80::1%3]:80"
+        );
         let mapped = Address::Inet("1.2.3.4:5".parse().unwrap()).encode(AF_INET6);
         assert_eq!(mapped.as_bytes().len(), 28);
         assert_eq!(mapped.as_bytes()[18..24], [0xff, 0xff, 1, 2, 3, 4]);
@@ -226,9 +249,16 @@ mod tests {
 
     #[test]
     fn unix_names_keep_their_kind() {
-        for name in [UnixName::Unnamed, UnixName::Path(b"/run/x".to_vec()), UnixName::Abstract(b"a\0b".to_vec())] {
+        for name in [
+            UnixName::Unnamed,
+            UnixName::Path(b"/run/x".to_vec()),
+            UnixName::Abstract(b"a\0b".to_vec()),
+        ] {
             let address = Address::Unix(name);
-            assert_eq!(Address::decode(address.encode(AF_UNIX).as_bytes()), Ok(address));
+            assert_eq!(
+                Address::decode(address.encode(AF_UNIX).as_bytes()),
+                Ok(address)
+            );
         }
     }
 

@@ -53,7 +53,12 @@ pub trait Datagrams: Send + Sync {
     ///
     /// # Errors
     /// `EAGAIN` when there is none; errors that ICMP told; `EFAULT`.
-    fn receive(&self, sink: &mut Sink<'_>, peek: bool, only: Option<SocketAddr>) -> Result<DatagramReceived>;
+    fn receive(
+        &self,
+        sink: &mut Sink<'_>,
+        peek: bool,
+        only: Option<SocketAddr>,
+    ) -> Result<DatagramReceived>;
 
     /// Sends one datagram: all of `source`.
     ///
@@ -107,7 +112,12 @@ pub trait Network: Send + Sync {
     ///
     /// # Errors
     /// What the carrier says.
-    fn open_datagram(&self, bind: SocketAddr, dual: bool, watch: &Arc<WatchList>) -> Result<Arc<dyn Datagrams>>;
+    fn open_datagram(
+        &self,
+        bind: SocketAddr,
+        dual: bool,
+        watch: &Arc<WatchList>,
+    ) -> Result<Arc<dyn Datagrams>>;
 
     /// The interface to other machines, if there is one now.
     fn interface(&self) -> Option<Interface>;

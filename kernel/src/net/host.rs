@@ -276,7 +276,9 @@ impl Descriptor {
         if self.hints.has(WATCHED) {
             return;
         }
-        let (Ok(number), Some(this)) = (self.number(), self.this.upgrade()) else { return };
+        let (Ok(number), Some(this)) = (self.number(), self.this.upgrade()) else {
+            return;
+        };
         self.events.register(number.cast_unsigned(), this);
         match self.host.descriptor_watch(number) {
             Ok(()) => self.hints.set(WATCHED),
@@ -284,7 +286,12 @@ impl Descriptor {
         }
     }
 
-    fn receive(&self, sink: &mut Sink<'_>, peek: bool, address: Option<&mut [u8]>) -> Result<(usize, usize)> {
+    fn receive(
+        &self,
+        sink: &mut Sink<'_>,
+        peek: bool,
+        address: Option<&mut [u8]>,
+    ) -> Result<(usize, usize)> {
         let number = self.number()?;
         self.tell_error()?;
         if self.hints.has(EMPTY) {
@@ -348,7 +355,11 @@ impl Descriptor {
                 slices: slices.as_ptr(),
                 slice_count: slices.len(),
                 // Only read by the host when sending.
-                address: if address.is_empty() { ptr::null_mut() } else { address.as_ptr().cast_mut() },
+                address: if address.is_empty() {
+                    ptr::null_mut()
+                } else {
+                    address.as_ptr().cast_mut()
+                },
                 address_length: address.len() as u32,
                 descriptors: ptr::null_mut(),
                 descriptor_count: 0,
@@ -407,8 +418,13 @@ impl Descriptor {
             return Ok(wanted - source.remaining());
         }
         // Everything in one call: what is held, then the program's bytes.
-        let mut slices = Vec::from([Slice { address: held.as_ptr() as usize, length: held.len() }]);
-        source.with_segments(|segments| slices.extend_from_slice(segments.get(..1023).unwrap_or(segments)));
+        let mut slices = Vec::from([Slice {
+            address: held.as_ptr() as usize,
+            length: held.len(),
+        }]);
+        source.with_segments(|segments| {
+            slices.extend_from_slice(segments.get(..1023).unwrap_or(segments))
+        });
         let count = self.send_slices(&slices)?;
         let total = held.len() + wanted;
         self.hints.after_write(total, count);
@@ -423,7 +439,11 @@ impl Descriptor {
         held.clear();
         self.hints.clear(HELD);
         source.advance(own);
-        if own == 0 && wanted > 0 { Err(Errno::EAGAIN) } else { Ok(own) }
+        if own == 0 && wanted > 0 {
+            Err(Errno::EAGAIN)
+        } else {
+            Ok(own)
+        }
     }
 
     /// One send; `EAGAIN` is remembered.
@@ -456,7 +476,10 @@ impl Descriptor {
             return;
         }
         let mut held = self.held.lock();
-        let slice = Slice { address: held.as_ptr() as usize, length: held.len() };
+        let slice = Slice {
+            address: held.as_ptr() as usize,
+            length: held.len(),
+        };
         match self.send_slices(&[slice]) {
             Ok(count) if count < held.len() => {
                 held.drain(..count);
@@ -490,7 +513,10 @@ impl Descriptor {
     fn look(&self) {
         let Ok(number) = self.number() else { return };
         let mut byte = 0u8;
-        let slice = Slice { address: (&raw mut byte) as usize, length: 1 };
+        let slice = Slice {
+            address: (&raw mut byte) as usize,
+            length: 1,
+        };
         let mut message = Message {
             slices: &slice,
             slice_count: 1,
@@ -590,12 +616,16 @@ impl Stream for HostStream {
         let result = if write && hints.has(HELD) {
             hints.set(SHUT_WAITS);
             if read {
-                self.descriptor.host.descriptor_shutdown(self.descriptor.number()?, linux::SHUT_RD)
+                self.descriptor
+                    .host
+                    .descriptor_shutdown(self.descriptor.number()?, linux::SHUT_RD)
             } else {
                 Ok(())
             }
         } else {
-            self.descriptor.host.descriptor_shutdown(self.descriptor.number()?, how)
+            self.descriptor
+                .host
+                .descriptor_shutdown(self.descriptor.number()?, how)
         };
         if write {
             hints.set(WRITE_CLOSED | WRITABLE);
@@ -620,7 +650,14 @@ impl Stream for HostStream {
     }
 
     fn queued(&self) -> (usize, usize) {
-        (0, if self.descriptor.hints.has(HELD) { self.descriptor.held.lock().len() } else { 0 })
+        (
+            0,
+            if self.descriptor.hints.has(HELD) {
+                self.descriptor.held.lock().len()
+            } else {
+                0
+            },
+        )
     }
 
     fn configure(&self, options: &Options) {
@@ -670,13 +707,19 @@ impl HostDatagrams {
             return to;
         }
         let clients = self.clients.lock();
-        let fits = |client: &&SocketAddr| client.port() == to.port() && client.is_ipv4() == to.is_ipv4();
+        let fits =
+            |client: &&SocketAddr| client.port() == to.port() && client.is_ipv4() == to.is_ipv4();
         clients.iter().find(fits).copied().unwrap_or(to)
     }
 }
 
 impl Datagrams for HostDatagrams {
-    fn receive(&self, sink: &mut Sink<'_>, peek: bool, only: Option<SocketAddr>) -> Result<DatagramReceived> {
+    fn receive(
+        &self,
+        sink: &mut Sink<'_>,
+        peek: bool,
+        only: Option<SocketAddr>,
+    ) -> Result<DatagramReceived> {
         loop {
             let mut address = [0; super::address::MAX_LENGTH];
             let (full_length, length) = self.descriptor.receive(sink, peek, Some(&mut address))?;
@@ -686,13 +729,19 @@ impl Datagrams for HostDatagrams {
             };
             if only.is_some_and(|only| only != from) {
                 if peek {
-                    self.descriptor.receive(&mut Sink::kernel(&mut []), false, None)?;
+                    self.descriptor
+                        .receive(&mut Sink::kernel(&mut []), false, None)?;
                 }
                 continue;
             }
             let count = full_length.min(sink.remaining());
             sink.advance(count);
-            return Ok(DatagramReceived { count, full_length, from, to: None });
+            return Ok(DatagramReceived {
+                count,
+                full_length,
+                from,
+                to: None,
+            });
         }
     }
 
@@ -702,7 +751,8 @@ impl Datagrams for HostDatagrams {
         let encoded = Address::Inet(to).encode(super::address::AF_INET);
         match self.descriptor.send(source, 0, encoded.as_bytes()) {
             Err(Errno::EAFNOSUPPORT | Errno::EINVAL) if to.is_ipv4() => {
-                self.descriptor.send(source, 0, Address::Inet(to).encode(AF_INET6).as_bytes())
+                self.descriptor
+                    .send(source, 0, Address::Inet(to).encode(AF_INET6).as_bytes())
             }
             result => result,
         }
@@ -766,7 +816,14 @@ impl HostNetwork {
     }
 
     fn stream(&self, descriptor: HostDescriptor, watch: Arc<WatchList>) -> Arc<dyn Stream> {
-        let descriptor = Descriptor::new(self.host, &self.events, descriptor, watch, &self.holding, true);
+        let descriptor = Descriptor::new(
+            self.host,
+            &self.events,
+            descriptor,
+            watch,
+            &self.holding,
+            true,
+        );
         Arc::new(HostStream { descriptor })
     }
 
@@ -791,7 +848,10 @@ impl Network for HostNetwork {
             *count == 1
         };
         if first {
-            self.link.send(&ToMonitor::Listen { address, protocol: Protocol::Tcp });
+            self.link.send(&ToMonitor::Listen {
+                address,
+                protocol: Protocol::Tcp,
+            });
         }
         Ok(())
     }
@@ -810,7 +870,10 @@ impl Network for HostNetwork {
             }
         };
         if last {
-            self.link.send(&ToMonitor::Unlisten { address, protocol: Protocol::Tcp });
+            self.link.send(&ToMonitor::Unlisten {
+                address,
+                protocol: Protocol::Tcp,
+            });
         }
     }
 
@@ -823,21 +886,32 @@ impl Network for HostNetwork {
         _: &Options,
     ) -> Result<u64> {
         let request = self.next_request();
-        let attempt = Attempt { socket: socket.clone(), watch: Arc::clone(watch) };
+        let attempt = Attempt {
+            socket: socket.clone(),
+            watch: Arc::clone(watch),
+        };
         self.attempts.lock().insert(request, attempt);
         // The guest's address means nothing to the host; its port does.
-        let from = from.filter(|from| !self.is_own(from.ip())).filter(|from| !from.ip().is_unspecified());
+        let from = from
+            .filter(|from| !self.is_own(from.ip()))
+            .filter(|from| !from.ip().is_unspecified());
         self.link.send(&ToMonitor::Connect { request, from, to });
         Ok(request)
     }
 
     fn cancel(&self, attempt: u64) {
         if self.attempts.lock().remove(&attempt).is_some() {
-            self.link.send(&ToMonitor::CancelConnect { request: attempt });
+            self.link
+                .send(&ToMonitor::CancelConnect { request: attempt });
         }
     }
 
-    fn open_datagram(&self, bind: SocketAddr, _: bool, watch: &Arc<WatchList>) -> Result<Arc<dyn Datagrams>> {
+    fn open_datagram(
+        &self,
+        bind: SocketAddr,
+        _: bool,
+        watch: &Arc<WatchList>,
+    ) -> Result<Arc<dyn Datagrams>> {
         let request = self.next_request();
         let mut bind = bind;
         if self.is_own(bind.ip()) {
@@ -851,13 +925,25 @@ impl Network for HostNetwork {
             &ToMonitor::OpenDatagram { request, bind },
             |message| matches!(message, ToKernel::Datagram { request: answered, .. } if *answered == request),
         )?;
-        let ToKernel::Datagram { result, .. } = answer else { return Err(Errno::EIO) };
+        let ToKernel::Datagram { result, .. } = answer else {
+            return Err(Errno::EIO);
+        };
         result.map_err(|number| Errno::from_number(i64::from(number)))?;
         let descriptor = descriptor.ok_or(Errno::EIO)?;
         let watch = Arc::clone(watch);
-        let descriptor = Descriptor::new(self.host, &self.events, descriptor, watch, &self.holding, false);
+        let descriptor = Descriptor::new(
+            self.host,
+            &self.events,
+            descriptor,
+            watch,
+            &self.holding,
+            false,
+        );
         descriptor.ensure_watched();
-        Ok(Arc::new(HostDatagrams { descriptor, clients: Mutex::new(VecDeque::new()) }))
+        Ok(Arc::new(HostDatagrams {
+            descriptor,
+            clients: Mutex::new(VecDeque::new()),
+        }))
     }
 
     fn interface(&self) -> Option<Interface> {
@@ -890,21 +976,34 @@ impl Network for HostNetwork {
             (ToKernel::Accepted { local, peer }, Some(descriptor)) => {
                 let (local, peer) = (canonical(local), canonical(peer));
                 let destination = HostNetwork::guest_side(local, peer);
-                let listener = self.tables.find_listener(destination).or_else(|| self.tables.find_listener(local));
+                let listener = self
+                    .tables
+                    .find_listener(destination)
+                    .or_else(|| self.tables.find_listener(local));
                 let Some(listener) = listener else {
                     // The program stopped listening meanwhile; closing the descriptor tells the client.
                     return;
                 };
                 let watch = Arc::new(WatchList::new());
                 let stream = self.stream(descriptor, Arc::clone(&watch));
-                let pending = Pending { stream, watch, local: destination, peer, connector: None };
+                let pending = Pending {
+                    stream,
+                    watch,
+                    local: destination,
+                    peer,
+                    connector: None,
+                };
                 if let Err(pending) = listener.push(pending) {
                     pending.stream.close(true);
                 }
             }
             (ToKernel::Connected { request, result }, descriptor) => {
-                let Some(attempt) = self.attempts.lock().remove(&request) else { return };
-                let Some(socket) = attempt.socket.upgrade() else { return };
+                let Some(attempt) = self.attempts.lock().remove(&request) else {
+                    return;
+                };
+                let Some(socket) = attempt.socket.upgrade() else {
+                    return;
+                };
                 match (result, descriptor) {
                     (Ok((local, peer)), Some(descriptor)) => {
                         let (local, peer) = (canonical(local), canonical(peer));
@@ -915,7 +1014,10 @@ impl Network for HostNetwork {
                     (Err(number), _) => socket.fail(Errno::from_number(i64::from(number))),
                 }
             }
-            (message, _) => trace::warn!("net: the monitor sent something that nobody asked for: {}", name(&message)),
+            (message, _) => trace::warn!(
+                "net: the monitor sent something that nobody asked for: {}",
+                name(&message)
+            ),
         }
     }
 }
@@ -939,7 +1041,10 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 
 fn name(message: &ToKernel) -> String {
     let text = format!("{message:?}");
-    text.split([' ', '(']).next().map(String::from).unwrap_or_default()
+    text.split([' ', '('])
+        .next()
+        .map(String::from)
+        .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -953,7 +1058,10 @@ mod tests {
     #[test]
     fn a_short_read_drains_and_an_event_fills() {
         let hints = hints();
-        assert_eq!(hints.after_event(event_flags::READABLE), Readiness::READABLE);
+        assert_eq!(
+            hints.after_event(event_flags::READABLE),
+            Readiness::READABLE
+        );
         assert!(hints.readiness().contains(Readiness::READABLE));
         hints.after_read(100, 60, true);
         assert!(!hints.readiness().contains(Readiness::READABLE));
@@ -975,10 +1083,18 @@ mod tests {
         let hints = hints();
         hints.after_event(event_flags::READABLE | event_flags::READ_HANGUP);
         hints.after_read(100, 60, true);
-        assert!(hints.readiness().contains(Readiness::READABLE | Readiness::READ_HANGUP));
+        assert!(
+            hints
+                .readiness()
+                .contains(Readiness::READABLE | Readiness::READ_HANGUP)
+        );
         let unseen = self::hints();
         unseen.after_read(100, 0, true);
-        assert!(unseen.readiness().contains(Readiness::READABLE | Readiness::READ_HANGUP));
+        assert!(
+            unseen
+                .readiness()
+                .contains(Readiness::READABLE | Readiness::READ_HANGUP)
+        );
     }
 
     #[test]

@@ -26,7 +26,11 @@ const NAME: usize = 16;
 /// `IFF_UP | IFF_RUNNING | IFF_LOOPBACK`, and for Ethernet `IFF_BROADCAST | IFF_MULTICAST` in place of the last.
 #[must_use]
 pub fn flags(interface: &Interface) -> u32 {
-    if interface.mac.is_none() { 0x49 } else { 0x1043 }
+    if interface.mac.is_none() {
+        0x49
+    } else {
+        0x1043
+    }
 }
 
 /// The first IPv4 address with its mask.
@@ -36,7 +40,9 @@ fn v4(interface: &Interface) -> Result<(Ipv4Addr, Ipv4Addr)> {
         .iter()
         .find_map(|(ip, prefix)| match ip {
             IpAddr::V4(ip) => {
-                let mask = u32::MAX.checked_shl(32 - u32::from(*prefix).min(32)).unwrap_or(0);
+                let mask = u32::MAX
+                    .checked_shl(32 - u32::from(*prefix).min(32))
+                    .unwrap_or(0);
                 Some((*ip, Ipv4Addr::from(mask)))
             }
             IpAddr::V6(_) => None,
@@ -58,14 +64,26 @@ fn socket_address(ip: Ipv4Addr) -> [u8; 16] {
 ///
 /// # Errors
 /// `ENOTTY` for unknown requests, `EPERM` for changes of interfaces, `ENODEV` for unknown interfaces.
-pub fn ioctl(socket: &dyn Socket, shared: &Shared, _: &Thread, request: u32, argument: u64) -> Result<usize> {
+pub fn ioctl(
+    socket: &dyn Socket,
+    shared: &Shared,
+    _: &Thread,
+    request: u32,
+    argument: u64,
+) -> Result<usize> {
     match request {
         linux::FIONREAD => {
-            user::write(argument, &i32::try_from(socket.queued().0).unwrap_or(i32::MAX))?;
+            user::write(
+                argument,
+                &i32::try_from(socket.queued().0).unwrap_or(i32::MAX),
+            )?;
             Ok(0)
         }
         linux::TIOCOUTQ => {
-            user::write(argument, &i32::try_from(socket.queued().1).unwrap_or(i32::MAX))?;
+            user::write(
+                argument,
+                &i32::try_from(socket.queued().1).unwrap_or(i32::MAX),
+            )?;
             Ok(0)
         }
         // Urgent data is not supported, so the mark is never reached.
@@ -73,7 +91,11 @@ pub fn ioctl(socket: &dyn Socket, shared: &Shared, _: &Thread, request: u32, arg
         linux::SIOCGIFCONF => list(shared, argument),
         linux::SIOCGIFNAME => {
             let index: u32 = user::read(argument + NAME as u64)?;
-            let interface = shared.interfaces().into_iter().find(|i| i.index == index).ok_or(Errno::ENODEV)?;
+            let interface = shared
+                .interfaces()
+                .into_iter()
+                .find(|i| i.index == index)
+                .ok_or(Errno::ENODEV)?;
             let mut name = [0u8; NAME];
             for (to, from) in name.iter_mut().zip(interface.name.bytes()) {
                 *to = from;
@@ -98,7 +120,9 @@ pub fn ioctl(socket: &dyn Socket, shared: &Shared, _: &Thread, request: u32, arg
         | linux::SIOCSIFHWADDR
         | linux::SIOCADDRT
         | linux::SIOCDELRT => {
-            trace::warn!("net: interfaces and routes cannot be changed by the program (ioctl {request:#x})");
+            trace::warn!(
+                "net: interfaces and routes cannot be changed by the program (ioctl {request:#x})"
+            );
             Err(Errno::EPERM)
         }
         _ => Err(Errno::ENOTTY),
@@ -110,7 +134,9 @@ fn list(shared: &Shared, argument: u64) -> Result<usize> {
     let capacity: i32 = user::read(argument)?;
     let buffer: u64 = user::read(argument + 8)?;
     let interfaces = shared.interfaces();
-    let with_address = interfaces.iter().filter_map(|interface| Some((interface.name, v4(interface).ok()?.0)));
+    let with_address = interfaces
+        .iter()
+        .filter_map(|interface| Some((interface.name, v4(interface).ok()?.0)));
     let mut length = 0usize;
     for (name, ip) in with_address {
         if buffer != 0 {
@@ -135,15 +161,23 @@ fn one(shared: &Shared, request: u32, argument: u64) -> Result<()> {
     let name: [u8; NAME] = user::read(argument)?;
     let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
     let interfaces = shared.interfaces();
-    let interface = interfaces.iter().find(|i| i.name.as_bytes() == name).ok_or(Errno::ENODEV)?;
+    let interface = interfaces
+        .iter()
+        .find(|i| i.name.as_bytes() == name)
+        .ok_or(Errno::ENODEV)?;
     let answer = argument + NAME as u64;
     match request {
         linux::SIOCGIFFLAGS => user::write(answer, &(flags(interface) as u16)),
-        linux::SIOCGIFADDR | linux::SIOCGIFDSTADDR => user::write(answer, &socket_address(v4(interface)?.0)),
+        linux::SIOCGIFADDR | linux::SIOCGIFDSTADDR => {
+            user::write(answer, &socket_address(v4(interface)?.0))
+        }
         linux::SIOCGIFNETMASK => user::write(answer, &socket_address(v4(interface)?.1)),
         linux::SIOCGIFBRDADDR => {
             let (ip, mask) = v4(interface)?;
-            user::write(answer, &socket_address(Ipv4Addr::from(u32::from(ip) | !u32::from(mask))))
+            user::write(
+                answer,
+                &socket_address(Ipv4Addr::from(u32::from(ip) | !u32::from(mask))),
+            )
         }
         linux::SIOCGIFMETRIC => user::write(answer, &0i32),
         linux::SIOCGIFMTU => user::write(answer, &interface.mtu),

@@ -83,8 +83,9 @@ impl Ports {
     fn conflicts(&self, port: u16, new: &Binding) -> bool {
         self.by_port.get(&port).is_some_and(|bindings| {
             bindings.iter().any(|old| {
-                let by_address =
-                    new.reuse_address && old.reuse_address && (self.datagrams || !old.listening && !new.listening);
+                let by_address = new.reuse_address
+                    && old.reuse_address
+                    && (self.datagrams || !old.listening && !new.listening);
                 let by_port = new.reuse_port && old.reuse_port;
                 old.key != new.key && old.scope.overlaps(new.scope) && !by_address && !by_port
             })
@@ -125,10 +126,20 @@ impl PortLease {
     /// # Errors
     /// `EADDRINUSE` when another socket listens on it.
     pub fn listen(&self) -> Result<()> {
-        let Some(tables) = self.tables.upgrade() else { return Ok(()) };
+        let Some(tables) = self.tables.upgrade() else {
+            return Ok(());
+        };
         let mut ports = tables.ports(self.transport).lock();
-        let Some(bindings) = ports.by_port.get(&self.port) else { return Ok(()) };
-        let Some(mut own) = bindings.iter().find(|binding| binding.key == self.key).copied() else { return Ok(()) };
+        let Some(bindings) = ports.by_port.get(&self.port) else {
+            return Ok(());
+        };
+        let Some(mut own) = bindings
+            .iter()
+            .find(|binding| binding.key == self.key)
+            .copied()
+        else {
+            return Ok(());
+        };
         own.listening = true;
         let conflict = bindings.iter().any(|old| {
             old.key != own.key
@@ -150,7 +161,9 @@ impl PortLease {
 
 impl Drop for PortLease {
     fn drop(&mut self) {
-        let Some(tables) = self.tables.upgrade() else { return };
+        let Some(tables) = self.tables.upgrade() else {
+            return;
+        };
         let mut ports = tables.ports(self.transport).lock();
         if let Some(bindings) = ports.by_port.get_mut(&self.port) {
             bindings.retain(|binding| binding.key != self.key);
@@ -197,8 +210,18 @@ impl Listener {
     /// A queue of up to `backlog` connections.
     #[must_use]
     pub fn new(scope: Scope, port: u16, backlog: usize, watch: Arc<WatchList>) -> Arc<Listener> {
-        let queue = Queue { ready: VecDeque::new(), waiting: VecDeque::new(), backlog, closed: false };
-        Arc::new(Listener { scope, port, queue: Mutex::new(queue), watch })
+        let queue = Queue {
+            ready: VecDeque::new(),
+            waiting: VecDeque::new(),
+            backlog,
+            closed: false,
+        };
+        Arc::new(Listener {
+            scope,
+            port,
+            queue: Mutex::new(queue),
+            watch,
+        })
     }
 
     /// Changes the backlog (`listen(2)` again).
@@ -240,7 +263,10 @@ impl Listener {
         let pending = queue.ready.pop_front().ok_or(Errno::EAGAIN)?;
         let mut promoted = None;
         if let Some(mut next) = queue.waiting.pop_front() {
-            promoted = next.connector.take().and_then(|connector| connector.upgrade());
+            promoted = next
+                .connector
+                .take()
+                .and_then(|connector| connector.upgrade());
             queue.ready.push_back(next);
         }
         drop(queue);
@@ -351,18 +377,29 @@ impl Tables {
             return Err(Errno::EADDRINUSE);
         }
         ports.add(chosen, binding);
-        Ok(PortLease { tables: Arc::downgrade(self), transport, port: chosen, key })
+        Ok(PortLease {
+            tables: Arc::downgrade(self),
+            transport,
+            port: chosen,
+            key,
+        })
     }
 
     /// Makes a listener known.
     pub fn add_listener(&self, listener: &Arc<Listener>) {
-        self.listeners.lock().entry(listener.port).or_default().push(Arc::clone(listener));
+        self.listeners
+            .lock()
+            .entry(listener.port)
+            .or_default()
+            .push(Arc::clone(listener));
     }
 
     /// Forgets a listener. The result says whether others listen on the same address and port.
     pub fn remove_listener(&self, listener: &Arc<Listener>) -> bool {
         let mut listeners = self.listeners.lock();
-        let Some(list) = listeners.get_mut(&listener.port) else { return false };
+        let Some(list) = listeners.get_mut(&listener.port) else {
+            return false;
+        };
         list.retain(|other| !Arc::ptr_eq(other, listener));
         let others = list.iter().any(|other| other.scope == listener.scope);
         if list.is_empty() {
@@ -379,8 +416,14 @@ impl Tables {
         if let [only] = list.as_slice() {
             return only.scope.fits(destination.ip()).map(|_| Arc::clone(only));
         }
-        let best = list.iter().filter_map(|listener| listener.scope.fits(destination.ip())).max()?;
-        let fitting = || list.iter().filter(|listener| listener.scope.fits(destination.ip()) == Some(best));
+        let best = list
+            .iter()
+            .filter_map(|listener| listener.scope.fits(destination.ip()))
+            .max()?;
+        let fitting = || {
+            list.iter()
+                .filter(|listener| listener.scope.fits(destination.ip()) == Some(best))
+        };
         let mut turn = self.turn.lock();
         *turn = turn.wrapping_add(1);
         fitting().nth(*turn % fitting().count().max(1)).cloned()
@@ -405,11 +448,17 @@ impl Tables {
     /// The datagram socket that a datagram between two addresses is for: connected ones first, then the closest scope.
     #[must_use]
     pub fn find_datagram(&self, from: SocketAddr, to: SocketAddr) -> Option<Arc<UdpSocket>> {
-        let list: Vec<Arc<UdpSocket>> =
-            self.datagrams.lock().get(&to.port())?.iter().filter_map(Weak::upgrade).collect();
-        list.into_iter().filter_map(|socket| Some((socket.score(from, to)?, socket))).max_by_key(|found| found.0).map(
-            |found| found.1,
-        )
+        let list: Vec<Arc<UdpSocket>> = self
+            .datagrams
+            .lock()
+            .get(&to.port())?
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect();
+        list.into_iter()
+            .filter_map(|socket| Some((socket.score(from, to)?, socket)))
+            .max_by_key(|found| found.0)
+            .map(|found| found.1)
     }
 
     /// How many more connections the listeners of a port have room for.
@@ -431,11 +480,19 @@ mod tests {
     use super::*;
 
     fn scope(text: &str, dual: bool) -> Scope {
-        Scope { ip: text.parse().unwrap(), dual }
+        Scope {
+            ip: text.parse().unwrap(),
+            dual,
+        }
     }
 
     fn bind(tables: &Arc<Tables>, ip: &str, port: u16, options: &Options) -> Result<PortLease> {
-        tables.bind(Transport::Tcp, scope(ip, ip == "::" && !options.v6_only), port, options)
+        tables.bind(
+            Transport::Tcp,
+            scope(ip, ip == "::" && !options.v6_only),
+            port,
+            options,
+        )
     }
 
     #[test]
@@ -443,9 +500,26 @@ mod tests {
         let tables = Tables::new(1);
         let options = Options::default();
         let lease = bind(&tables, "0.0.0.0", 80, &options).unwrap();
-        assert_eq!(bind(&tables, "127.0.0.1", 80, &options).err(), Some(Errno::EADDRINUSE));
-        assert_eq!(bind(&tables, "::", 80, &options).err(), Some(Errno::EADDRINUSE));
-        assert!(bind(&tables, "::", 80, &Options { v6_only: true, ..Options::default() }).is_ok());
+        assert_eq!(
+            bind(&tables, "127.0.0.1", 80, &options).err(),
+            Some(Errno::EADDRINUSE)
+        );
+        assert_eq!(
+            bind(&tables, "::", 80, &options).err(),
+            Some(Errno::EADDRINUSE)
+        );
+        assert!(
+            bind(
+                &tables,
+                "::",
+                80,
+                &Options {
+                    v6_only: true,
+                    ..Options::default()
+                }
+            )
+            .is_ok()
+        );
         drop(lease);
         assert!(bind(&tables, "127.0.0.1", 80, &options).is_ok());
     }
@@ -453,31 +527,46 @@ mod tests {
     #[test]
     fn reuse_address_shares_until_one_listens() {
         let tables = Tables::new(1);
-        let options = Options { reuse_address: true, ..Options::default() };
+        let options = Options {
+            reuse_address: true,
+            ..Options::default()
+        };
         let first = bind(&tables, "127.0.0.1", 80, &options).unwrap();
         let second = bind(&tables, "127.0.0.1", 80, &options).unwrap();
         first.listen().unwrap();
         assert_eq!(second.listen().err(), Some(Errno::EADDRINUSE));
-        assert_eq!(bind(&tables, "0.0.0.0", 80, &options).err(), Some(Errno::EADDRINUSE));
+        assert_eq!(
+            bind(&tables, "0.0.0.0", 80, &options).err(),
+            Some(Errno::EADDRINUSE)
+        );
         assert!(bind(&tables, "127.0.0.2", 80, &options).is_ok());
     }
 
     #[test]
     fn reuse_port_shares_listening_and_takes_turns() {
         let tables = Tables::new(1);
-        let options = Options { reuse_port: true, ..Options::default() };
-        let leases: Vec<_> = (0..2).map(|_| bind(&tables, "0.0.0.0", 80, &options).unwrap()).collect();
+        let options = Options {
+            reuse_port: true,
+            ..Options::default()
+        };
+        let leases: Vec<_> = (0..2)
+            .map(|_| bind(&tables, "0.0.0.0", 80, &options).unwrap())
+            .collect();
         let listeners: Vec<_> = leases
             .iter()
             .map(|lease| {
                 lease.listen().unwrap();
-                let listener = Listener::new(scope("0.0.0.0", false), 80, 5, Arc::new(WatchList::new()));
+                let listener =
+                    Listener::new(scope("0.0.0.0", false), 80, 5, Arc::new(WatchList::new()));
                 tables.add_listener(&listener);
                 listener
             })
             .collect();
         let to = "127.0.0.1:80".parse().unwrap();
-        let (a, b) = (tables.find_listener(to).unwrap(), tables.find_listener(to).unwrap());
+        let (a, b) = (
+            tables.find_listener(to).unwrap(),
+            tables.find_listener(to).unwrap(),
+        );
         assert!(!Arc::ptr_eq(&a, &b));
         assert!(tables.remove_listener(&listeners[0]));
         assert!(!tables.remove_listener(&listeners[1]));
@@ -496,16 +585,28 @@ mod tests {
         ports.sort_unstable();
         ports.dedup();
         assert_eq!(ports.len(), usize::from(EPHEMERAL_COUNT));
-        assert_eq!(bind(&tables, "0.0.0.0", 0, &options).err(), Some(Errno::EADDRINUSE));
+        assert_eq!(
+            bind(&tables, "0.0.0.0", 0, &options).err(),
+            Some(Errno::EADDRINUSE)
+        );
     }
 
     #[test]
     fn the_closest_listener_gets_the_connection() {
         let tables = Tables::new(1);
         for (ip, dual) in [("::", true), ("127.0.0.1", false)] {
-            tables.add_listener(&Listener::new(scope(ip, dual), 80, 5, Arc::new(WatchList::new())));
+            tables.add_listener(&Listener::new(
+                scope(ip, dual),
+                80,
+                5,
+                Arc::new(WatchList::new()),
+            ));
         }
-        let found = |to: &str| tables.find_listener(to.parse().unwrap()).map(|listener| listener.scope.ip.to_string());
+        let found = |to: &str| {
+            tables
+                .find_listener(to.parse().unwrap())
+                .map(|listener| listener.scope.ip.to_string())
+        };
         assert_eq!(found("127.0.0.1:80").as_deref(), Some("127.0.0.1"));
         assert_eq!(found("127.0.0.2:80").as_deref(), Some("::"));
         assert_eq!(found("[::1]:80").as_deref(), Some("::"));

@@ -69,7 +69,12 @@ pub struct Shared {
 
 impl Shared {
     fn new(tables: Arc<Tables>, backend: Option<Arc<dyn Network>>) -> Arc<Shared> {
-        Arc::new(Shared { tables, unix: Names::default(), backend, next_number: AtomicU64::new(1) })
+        Arc::new(Shared {
+            tables,
+            unix: Names::default(),
+            backend,
+            next_number: AtomicU64::new(1),
+        })
     }
 
     /// An inode number for a socket.
@@ -79,7 +84,12 @@ impl Shared {
 
     /// Whether an address is the machine's own.
     fn is_own(&self, ip: IpAddr) -> bool {
-        ip.is_loopback() || ip.is_unspecified() || self.backend.as_ref().is_some_and(|backend| backend.is_own(ip))
+        ip.is_loopback()
+            || ip.is_unspecified()
+            || self
+                .backend
+                .as_ref()
+                .is_some_and(|backend| backend.is_own(ip))
     }
 
     /// Whether a socket may be bound to an address. Before the machine has its addresses (DHCP), any will do: it may
@@ -88,7 +98,10 @@ impl Shared {
         self.is_own(ip)
             || self.backend.as_ref().is_some_and(|backend| {
                 backend.interface().is_some_and(|interface| {
-                    !interface.addresses.iter().any(|(own, _)| own.is_ipv4() == ip.is_ipv4())
+                    !interface
+                        .addresses
+                        .iter()
+                        .any(|(own, _)| own.is_ipv4() == ip.is_ipv4())
                 })
             })
     }
@@ -102,7 +115,11 @@ impl Shared {
             return Some(destination);
         }
         let interface = self.backend.as_ref()?.interface()?;
-        interface.addresses.iter().map(|(ip, _)| *ip).find(|ip| ip.is_ipv4() == destination.is_ipv4())
+        interface
+            .addresses
+            .iter()
+            .map(|(ip, _)| *ip)
+            .find(|ip| ip.is_ipv4() == destination.is_ipv4())
     }
 
     /// All interfaces, the loopback first.
@@ -112,10 +129,19 @@ impl Shared {
             name: "lo",
             mac: None,
             mtu: 65536,
-            addresses: Vec::from([(IpAddr::V4(Ipv4Addr::LOCALHOST), 8), (IpAddr::V6(Ipv6Addr::LOCALHOST), 128)]),
+            addresses: Vec::from([
+                (IpAddr::V4(Ipv4Addr::LOCALHOST), 8),
+                (IpAddr::V6(Ipv6Addr::LOCALHOST), 128),
+            ]),
             gateways: Vec::new(),
         };
-        core::iter::once(loopback).chain(self.backend.as_ref().and_then(|backend| backend.interface())).collect()
+        core::iter::once(loopback)
+            .chain(
+                self.backend
+                    .as_ref()
+                    .and_then(|backend| backend.interface()),
+            )
+            .collect()
     }
 }
 
@@ -165,15 +191,25 @@ impl Net {
                 Some(Arc::new(HostNetwork::new(host, events, link, &tables)))
             }
             (NetworkConfiguration::Socket { .. }, None, _) => {
-                trace::warn!("net: the host's sockets need a monitor, and there is none: only the loopback works");
+                trace::warn!(
+                    "net: the host's sockets need a monitor, and there is none: only the loopback works"
+                );
                 None
             }
             (NetworkConfiguration::Dhcp | NetworkConfiguration::Static(_), _, Some(device)) => {
-                Some(StackNetwork::new(host, events, &tables, configuration, device))
+                Some(StackNetwork::new(
+                    host,
+                    events,
+                    &tables,
+                    configuration,
+                    device,
+                ))
             }
             (NetworkConfiguration::Dhcp | NetworkConfiguration::Static(_), _, None) => None,
         };
-        Net { shared: Shared::new(tables, backend) }
+        Net {
+            shared: Shared::new(tables, backend),
+        }
     }
 
     /// Does what is due at `now` (monotonic nanoseconds): packets that came, timers, packets to send. To be called by the
@@ -209,10 +245,16 @@ impl Net {
         let shared = &self.shared;
         let family = u16::try_from(family).map_err(|_| Errno::EAFNOSUPPORT)?;
         match (family, kind, protocol) {
-            (AF_INET | AF_INET6, linux::SOCK_STREAM, 0 | option::LEVEL_TCP) => Ok(TcpSocket::new(shared, family)),
-            (AF_INET | AF_INET6, linux::SOCK_DGRAM, 0 | option::LEVEL_UDP) => Ok(UdpSocket::new(shared, family)),
+            (AF_INET | AF_INET6, linux::SOCK_STREAM, 0 | option::LEVEL_TCP) => {
+                Ok(TcpSocket::new(shared, family))
+            }
+            (AF_INET | AF_INET6, linux::SOCK_DGRAM, 0 | option::LEVEL_UDP) => {
+                Ok(UdpSocket::new(shared, family))
+            }
             (AF_INET | AF_INET6, linux::SOCK_STREAM | linux::SOCK_DGRAM, _) => {
-                trace::warn!("net: sockets of kind {kind} with protocol {protocol} are not supported");
+                trace::warn!(
+                    "net: sockets of kind {kind} with protocol {protocol} are not supported"
+                );
                 Err(Errno::EPROTONOSUPPORT)
             }
             (AF_INET | AF_INET6, linux::SOCK_RAW, _) => {
@@ -248,7 +290,11 @@ impl Net {
         caller: &Caller,
     ) -> Result<(Arc<dyn File>, Arc<dyn File>)> {
         match (u16::try_from(family), kind, protocol) {
-            (Ok(AF_UNIX), linux::SOCK_STREAM | linux::SOCK_DGRAM | linux::SOCK_SEQPACKET, 0 | 1) => {
+            (
+                Ok(AF_UNIX),
+                linux::SOCK_STREAM | linux::SOCK_DGRAM | linux::SOCK_SEQPACKET,
+                0 | 1,
+            ) => {
                 let (a, b) = UnixSocket::pair(&self.shared, kind, caller);
                 Ok((a, b))
             }

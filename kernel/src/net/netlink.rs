@@ -127,7 +127,11 @@ fn link(interface: &Interface, sequence: u32, port: u32, flags: u16) -> Vec<u8> 
     let kind: u16 = if interface.mac.is_some() { 1 } else { 772 };
     let mut name = interface.name.as_bytes().to_vec();
     name.push(0);
-    let broadcast = if interface.mac.is_some() { [0xff; 6] } else { [0; 6] };
+    let broadcast = if interface.mac.is_some() {
+        [0xff; 6]
+    } else {
+        [0; 6]
+    };
     Builder::new(RTM_NEWLINK, flags, sequence, port)
         .raw(&[AF_UNSPEC as u8, 0])
         .raw(&kind.to_ne_bytes())
@@ -136,7 +140,10 @@ fn link(interface: &Interface, sequence: u32, port: u32, flags: u16) -> Vec<u8> 
         .raw(&0u32.to_ne_bytes())
         .attribute(IFLA_IFNAME, &name)
         .attribute(IFLA_TXQLEN, &1000u32.to_ne_bytes())
-        .attribute(IFLA_OPERSTATE, &[if interface.mac.is_some() { 6 } else { 0 }])
+        .attribute(
+            IFLA_OPERSTATE,
+            &[if interface.mac.is_some() { 6 } else { 0 }],
+        )
         .attribute(IFLA_MTU, &interface.mtu.to_ne_bytes())
         .attribute(IFLA_ADDRESS, &interface.mac.unwrap_or_default())
         .attribute(IFLA_BROADCAST, &broadcast)
@@ -198,16 +205,31 @@ fn route(
     if let Some(source) = source {
         message = message.attribute(RTA_PREFSRC, &octets(source));
     }
-    Some(message.attribute(RTA_OIF, &interface.index.to_ne_bytes()).finish())
+    Some(
+        message
+            .attribute(RTA_OIF, &interface.index.to_ne_bytes())
+            .finish(),
+    )
 }
 
 /// The answers to one request.
-fn answer(interfaces: &[Interface], kind: u16, flags: u16, wanted: u16, sequence: u32, port: u32) -> Vec<Vec<u8>> {
+fn answer(
+    interfaces: &[Interface],
+    kind: u16,
+    flags: u16,
+    wanted: u16,
+    sequence: u32,
+    port: u32,
+) -> Vec<Vec<u8>> {
     let mut messages = Vec::new();
     let fits = |ip: &IpAddr| wanted == AF_UNSPEC || wanted == family(ip);
     match kind {
         RTM_GETLINK => {
-            messages.extend(interfaces.iter().map(|interface| link(interface, sequence, port, NLM_F_MULTI)));
+            messages.extend(
+                interfaces
+                    .iter()
+                    .map(|interface| link(interface, sequence, port, NLM_F_MULTI)),
+            );
         }
         RTM_GETADDR => {
             for interface in interfaces {
@@ -217,27 +239,49 @@ fn answer(interfaces: &[Interface], kind: u16, flags: u16, wanted: u16, sequence
             }
         }
         RTM_GETROUTE => {
-            for interface in interfaces.iter().filter(|interface| interface.mac.is_some()) {
+            for interface in interfaces
+                .iter()
+                .filter(|interface| interface.mac.is_some())
+            {
                 for gateway in interface.gateways.iter().filter(|ip| fits(ip)) {
                     messages.extend(route(interface, None, Some(gateway), None, sequence, port));
                 }
                 for (ip, prefix) in interface.addresses.iter().filter(|(ip, _)| fits(ip)) {
-                    messages.extend(route(interface, Some((ip, *prefix)), None, Some(ip), sequence, port));
+                    messages.extend(route(
+                        interface,
+                        Some((ip, *prefix)),
+                        None,
+                        Some(ip),
+                        sequence,
+                        port,
+                    ));
                 }
             }
         }
         _ => {
             trace::warn!("net: netlink request {kind} is not supported");
             // RTM_NEW*, RTM_DEL* and RTM_SET* would change something.
-            let error = if kind >= RTM_NEWLINK && kind % 4 != 2 { Errno::EPERM } else { Errno::EOPNOTSUPP };
+            let error = if kind >= RTM_NEWLINK && kind % 4 != 2 {
+                Errno::EPERM
+            } else {
+                Errno::EOPNOTSUPP
+            };
             return Vec::from([acknowledge(error.number(), kind, flags, sequence, port)]);
         }
     }
     if flags & NLM_F_DUMP == 0 {
         // One object was asked for; only dumps are offered.
-        return Vec::from([acknowledge(Errno::EOPNOTSUPP.number(), kind, flags, sequence, port)]);
+        return Vec::from([acknowledge(
+            Errno::EOPNOTSUPP.number(),
+            kind,
+            flags,
+            sequence,
+            port,
+        )]);
     }
-    let done = Builder::new(NLMSG_DONE, NLM_F_MULTI, sequence, port).raw(&0i32.to_ne_bytes()).finish();
+    let done = Builder::new(NLMSG_DONE, NLM_F_MULTI, sequence, port)
+        .raw(&0i32.to_ne_bytes())
+        .finish();
     messages.push(done);
     // Several messages go into one datagram.
     let mut datagrams: Vec<Vec<u8>> = Vec::new();
@@ -268,9 +312,12 @@ fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
 /// All answers to a buffer of requests. What is not a request is passed over.
 fn answers(interfaces: &[Interface], mut bytes: &[u8], port: u32) -> Vec<Vec<u8>> {
     let mut datagrams = Vec::new();
-    while let (Some(length), Some(kind), Some(flags), Some(sequence)) =
-        (field(bytes, 0), field(bytes, 4), field(bytes, 6), field(bytes, 8))
-    {
+    while let (Some(length), Some(kind), Some(flags), Some(sequence)) = (
+        field(bytes, 0),
+        field(bytes, 4),
+        field(bytes, 6),
+        field(bytes, 8),
+    ) {
         let length = u32::from_ne_bytes(length) as usize;
         if length < HEADER || length > bytes.len() {
             break;
@@ -307,7 +354,11 @@ impl NetlinkSocket {
         Arc::new_cyclic(|this| NetlinkSocket {
             this: this.clone(),
             shared: Arc::clone(shared),
-            kind: SocketType { family: AF_NETLINK, kind, protocol: ROUTE },
+            kind: SocketType {
+                family: AF_NETLINK,
+                kind,
+                protocol: ROUTE,
+            },
             number: shared.next_number(),
             watch: WatchList::new(),
             options: Mutex::new(Options::default()),
@@ -320,7 +371,11 @@ impl NetlinkSocket {
         let mut port = self.port.lock();
         if *port == 0 {
             // The first socket of a process gets its identifier, others something that no process has.
-            *port = if self.number.is_multiple_of(2) { caller.process.max(1) } else { 0x8000_0000 | self.number as u32 };
+            *port = if self.number.is_multiple_of(2) {
+                caller.process.max(1)
+            } else {
+                0x8000_0000 | self.number as u32
+            };
         }
         let _ = &self.this;
         *port
@@ -379,9 +434,13 @@ impl Socket for NetlinkSocket {
     }
 
     fn bind(&self, caller: &Caller, address: &Address) -> Result<()> {
-        let Address::Netlink(port, groups) = address else { return Err(Errno::EINVAL) };
+        let Address::Netlink(port, groups) = address else {
+            return Err(Errno::EINVAL);
+        };
         if *groups != 0 {
-            trace::warn!("net: netlink notifications (groups {groups:#x}) are not supported: nothing changes at run time");
+            trace::warn!(
+                "net: netlink notifications (groups {groups:#x}) are not supported: nothing changes at run time"
+            );
         }
         if *port != 0 {
             *self.port.lock() = *port;
@@ -407,7 +466,12 @@ impl Socket for NetlinkSocket {
         Ok(Address::Netlink(0, 0))
     }
 
-    fn send(&self, caller: &Caller, source: &mut Source<'_>, message: &mut Outgoing) -> Result<usize> {
+    fn send(
+        &self,
+        caller: &Caller,
+        source: &mut Source<'_>,
+        message: &mut Outgoing,
+    ) -> Result<usize> {
         if !matches!(message.to, None | Some(Address::Netlink(0, _))) {
             return Err(Errno::ECONNREFUSED);
         }
@@ -447,7 +511,12 @@ impl Socket for NetlinkSocket {
             return if matches!(name, 11 | 12) {
                 Ok(())
             } else {
-                Err(super::option::unsupported("setsockopt", self.kind, level, name))
+                Err(super::option::unsupported(
+                    "setsockopt",
+                    self.kind,
+                    level,
+                    name,
+                ))
             };
         }
         self.options.lock().set(self.kind, level, name, value)
@@ -475,7 +544,10 @@ mod tests {
             name: "eth0",
             mac: Some([2, 0, 0, 0, 0, 1]),
             mtu: 1500,
-            addresses: Vec::from([("10.0.2.15".parse().unwrap(), 24), ("fd00::15".parse().unwrap(), 64)]),
+            addresses: Vec::from([
+                ("10.0.2.15".parse().unwrap(), 24),
+                ("fd00::15".parse().unwrap(), 64),
+            ]),
             gateways: Vec::from(["10.0.2.2".parse().unwrap()]),
         }])
     }
@@ -488,7 +560,9 @@ mod tests {
     fn dumps_end_with_done() {
         for (kind, messages) in [(RTM_GETLINK, 1), (RTM_GETADDR, 2), (RTM_GETROUTE, 3)] {
             let datagrams = answers(&interfaces(), &request(kind, NLM_F_DUMP | 1), 9);
-            let [bytes] = datagrams.as_slice() else { panic!("{datagrams:?}") };
+            let [bytes] = datagrams.as_slice() else {
+                panic!("{datagrams:?}")
+            };
             let mut rest = bytes.as_slice();
             let mut kinds = Vec::new();
             while let Some(length) = field::<4>(rest, 0) {
@@ -498,14 +572,21 @@ mod tests {
             }
             assert_eq!(kinds.len(), messages + 1);
             assert_eq!(kinds.last(), Some(&NLMSG_DONE));
-            assert!(kinds[..messages].iter().all(|&answered| answered == kind - 2));
+            assert!(
+                kinds[..messages]
+                    .iter()
+                    .all(|&answered| answered == kind - 2)
+            );
         }
     }
 
     #[test]
     fn changes_are_refused_and_noise_is_passed_over() {
         let datagrams = answers(&interfaces(), &request(RTM_NEWADDR, 5), 9);
-        assert_eq!(field(&datagrams[0], 16), Some((-Errno::EPERM.number()).to_ne_bytes()));
+        assert_eq!(
+            field(&datagrams[0], 16),
+            Some((-Errno::EPERM.number()).to_ne_bytes())
+        );
         for length in 0..64 {
             for fill in [0, 1, 0x7f, 0xff] {
                 let _ = answers(&interfaces(), &alloc::vec![fill; length], 1);

@@ -196,7 +196,10 @@ impl SocketType {
 }
 
 fn integer(value: &[u8]) -> Result<i32> {
-    value.first_chunk::<4>().map(|bytes| i32::from_ne_bytes(*bytes)).ok_or(Errno::EINVAL)
+    value
+        .first_chunk::<4>()
+        .map(|bytes| i32::from_ne_bytes(*bytes))
+        .ok_or(Errno::EINVAL)
 }
 
 /// `IP_*` options may be given as one byte.
@@ -210,7 +213,11 @@ fn small_integer(value: &[u8]) -> Result<i32> {
 }
 
 fn in_range(value: i32, low: i32, high: i32) -> Result<u32> {
-    if (low..=high).contains(&value) { Ok(value.cast_unsigned()) } else { Err(Errno::EINVAL) }
+    if (low..=high).contains(&value) {
+        Ok(value.cast_unsigned())
+    } else {
+        Err(Errno::EINVAL)
+    }
 }
 
 fn buffer(value: i32, minimum: u32) -> u32 {
@@ -280,9 +287,14 @@ impl Options {
             linux::SO_PASSCRED if socket.family == AF_UNIX => self.pass_credentials = flag()?,
             linux::SO_LINGER => {
                 let linger: linux::linger = from_bytes(value).ok_or(Errno::EINVAL)?;
-                self.linger = (linger.l_onoff != 0).then_some(linger.l_linger.max(0).cast_unsigned());
+                self.linger =
+                    (linger.l_onoff != 0).then_some(linger.l_linger.max(0).cast_unsigned());
             }
-            linux::SO_TYPE | linux::SO_DOMAIN | linux::SO_PROTOCOL | linux::SO_ERROR | linux::SO_ACCEPTCONN => {
+            linux::SO_TYPE
+            | linux::SO_DOMAIN
+            | linux::SO_PROTOCOL
+            | linux::SO_ERROR
+            | linux::SO_ACCEPTCONN => {
                 return Err(Errno::ENOPROTOOPT);
             }
             _ => return Err(unsupported("setsockopt", socket, SOL_SOCKET, name)),
@@ -294,7 +306,11 @@ impl Options {
         if name == linux::TCP_CONGESTION {
             // The one algorithm that is told back.
             let text = value.split(|&byte| byte == 0).next().unwrap_or_default();
-            return if text == CONGESTION { Ok(()) } else { Err(Errno::ENOENT) };
+            return if text == CONGESTION {
+                Ok(())
+            } else {
+                Err(Errno::ENOENT)
+            };
         }
         let value = integer(value)?;
         match name {
@@ -321,19 +337,33 @@ impl Options {
                 trace::warn!("net: multicast groups are not supported");
                 return Err(Errno::ENODEV);
             }
-            linux::IP_DROP_MEMBERSHIP | linux::IP_DROP_SOURCE_MEMBERSHIP => return Err(Errno::EADDRNOTAVAIL),
+            linux::IP_DROP_MEMBERSHIP | linux::IP_DROP_SOURCE_MEMBERSHIP => {
+                return Err(Errno::EADDRNOTAVAIL);
+            }
             _ => {}
         }
         let value = small_integer(value)?;
         match name {
             linux::IP_TOS => self.tos = value as u8,
-            linux::IP_TTL => self.ttl = if value == -1 { 64 } else { in_range(value, 1, 255)? as u8 },
+            linux::IP_TTL => {
+                self.ttl = if value == -1 {
+                    64
+                } else {
+                    in_range(value, 1, 255)? as u8
+                }
+            }
             linux::IP_PKTINFO => self.packet_info = value != 0,
             linux::IP_RECVERR => self.receive_errors[0] = value != 0,
             linux::IP_MTU_DISCOVER => self.mtu_discover[0] = in_range(value, 0, 5)?,
             linux::IP_BIND_ADDRESS_NO_PORT => self.bind_address_no_port = value != 0,
             linux::IP_FREEBIND => self.free_bind = value != 0,
-            linux::IP_MULTICAST_TTL => self.multicast_ttl = if value == -1 { 1 } else { in_range(value, 0, 255)? as u8 },
+            linux::IP_MULTICAST_TTL => {
+                self.multicast_ttl = if value == -1 {
+                    1
+                } else {
+                    in_range(value, 0, 255)? as u8
+                }
+            }
             linux::IP_MULTICAST_LOOP => self.multicast_loop = value != 0,
             _ => return Err(unsupported("setsockopt", socket, LEVEL_IP, name)),
         }
@@ -349,13 +379,29 @@ impl Options {
         match name {
             linux::IPV6_V6ONLY => self.v6_only = value != 0,
             linux::IPV6_RECVPKTINFO => self.packet_info_v6 = value != 0,
-            linux::IPV6_UNICAST_HOPS => self.hops = if value == -1 { -1 } else { in_range(value, 0, 255)? as i32 },
-            linux::IPV6_TCLASS => self.traffic_class = if value == -1 { 0 } else { in_range(value, 0, 255)? as u8 },
+            linux::IPV6_UNICAST_HOPS => {
+                self.hops = if value == -1 {
+                    -1
+                } else {
+                    in_range(value, 0, 255)? as i32
+                }
+            }
+            linux::IPV6_TCLASS => {
+                self.traffic_class = if value == -1 {
+                    0
+                } else {
+                    in_range(value, 0, 255)? as u8
+                }
+            }
             linux::IPV6_RECVERR => self.receive_errors[1] = value != 0,
             linux::IPV6_MTU_DISCOVER => self.mtu_discover[1] = in_range(value, 0, 5)?,
             linux::IPV6_FREEBIND => self.free_bind = value != 0,
             linux::IPV6_MULTICAST_HOPS => {
-                self.multicast_ttl = if value == -1 { 1 } else { in_range(value, 0, 255)? as u8 };
+                self.multicast_ttl = if value == -1 {
+                    1
+                } else {
+                    in_range(value, 0, 255)? as u8
+                };
             }
             linux::IPV6_MULTICAST_LOOP => self.multicast_loop = value != 0,
             _ => return Err(unsupported("setsockopt", socket, LEVEL_IPV6, name)),
@@ -457,7 +503,13 @@ impl Options {
         Ok(match name {
             linux::IPV6_V6ONLY => i32::from(self.v6_only),
             linux::IPV6_RECVPKTINFO => i32::from(self.packet_info_v6),
-            linux::IPV6_UNICAST_HOPS => if self.hops == -1 { 64 } else { self.hops },
+            linux::IPV6_UNICAST_HOPS => {
+                if self.hops == -1 {
+                    64
+                } else {
+                    self.hops
+                }
+            }
             linux::IPV6_TCLASS => i32::from(self.traffic_class),
             linux::IPV6_RECVERR => i32::from(self.receive_errors[1]),
             linux::IPV6_MTU_DISCOVER => self.mtu_discover[1].cast_signed(),
@@ -476,24 +528,50 @@ const CONGESTION: &[u8] = b"reno";
 mod tests {
     use super::*;
 
-    const TCP: SocketType = SocketType { family: AF_INET, kind: 1, protocol: LEVEL_TCP };
+    const TCP: SocketType = SocketType {
+        family: AF_INET,
+        kind: 1,
+        protocol: LEVEL_TCP,
+    };
 
     #[test]
     fn buffers_are_doubled_as_linux_does() {
         let mut options = Options::default();
-        options.set(TCP, SOL_SOCKET, linux::SO_RCVBUF, &65536i32.to_ne_bytes()).unwrap();
-        assert_eq!(options.get(TCP, SOL_SOCKET, linux::SO_RCVBUF).unwrap(), 131_072i32.to_ne_bytes());
-        options.set(TCP, SOL_SOCKET, linux::SO_SNDBUF, &1i32.to_ne_bytes()).unwrap();
-        assert_eq!(options.get(TCP, SOL_SOCKET, linux::SO_SNDBUF).unwrap(), 4608i32.to_ne_bytes());
+        options
+            .set(TCP, SOL_SOCKET, linux::SO_RCVBUF, &65536i32.to_ne_bytes())
+            .unwrap();
+        assert_eq!(
+            options.get(TCP, SOL_SOCKET, linux::SO_RCVBUF).unwrap(),
+            131_072i32.to_ne_bytes()
+        );
+        options
+            .set(TCP, SOL_SOCKET, linux::SO_SNDBUF, &1i32.to_ne_bytes())
+            .unwrap();
+        assert_eq!(
+            options.get(TCP, SOL_SOCKET, linux::SO_SNDBUF).unwrap(),
+            4608i32.to_ne_bytes()
+        );
     }
 
     #[test]
     fn what_is_not_there_is_refused() {
         let mut options = Options::default();
-        assert_eq!(options.set(TCP, SOL_SOCKET, 9999, &[1, 0, 0, 0]), Err(Errno::ENOPROTOOPT));
-        assert_eq!(options.set(TCP, LEVEL_IPV6, linux::IPV6_V6ONLY, &[1, 0, 0, 0]), Err(Errno::ENOPROTOOPT));
-        assert_eq!(options.set(TCP, SOL_SOCKET, linux::SO_REUSEADDR, &[1]), Err(Errno::EINVAL));
-        assert_eq!(options.set(TCP, LEVEL_TCP, linux::TCP_KEEPIDLE, &[0; 4]), Err(Errno::EINVAL));
+        assert_eq!(
+            options.set(TCP, SOL_SOCKET, 9999, &[1, 0, 0, 0]),
+            Err(Errno::ENOPROTOOPT)
+        );
+        assert_eq!(
+            options.set(TCP, LEVEL_IPV6, linux::IPV6_V6ONLY, &[1, 0, 0, 0]),
+            Err(Errno::ENOPROTOOPT)
+        );
+        assert_eq!(
+            options.set(TCP, SOL_SOCKET, linux::SO_REUSEADDR, &[1]),
+            Err(Errno::EINVAL)
+        );
+        assert_eq!(
+            options.set(TCP, LEVEL_TCP, linux::TCP_KEEPIDLE, &[0; 4]),
+            Err(Errno::EINVAL)
+        );
     }
 
     #[test]
@@ -508,7 +586,11 @@ mod tests {
         ] {
             let mut options = Options::default();
             options.set(TCP, level, name, &1i32.to_ne_bytes()).unwrap();
-            assert_eq!(options.get(TCP, level, name).unwrap(), 1i32.to_ne_bytes(), "{level} {name}");
+            assert_eq!(
+                options.get(TCP, level, name).unwrap(),
+                1i32.to_ne_bytes(),
+                "{level} {name}"
+            );
         }
     }
 }

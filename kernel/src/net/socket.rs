@@ -65,7 +65,11 @@ impl Incoming {
     /// Bytes of a stream.
     #[must_use]
     pub fn bytes(count: usize) -> Incoming {
-        Incoming { count, full_length: count, ..Incoming::default() }
+        Incoming {
+            count,
+            full_length: count,
+            ..Incoming::default()
+        }
     }
 }
 
@@ -130,7 +134,12 @@ pub trait Socket: File {
     ///
     /// # Errors
     /// As `sendmsg(2)`.
-    fn send(&self, caller: &Caller, source: &mut Source<'_>, message: &mut Outgoing) -> Result<usize>;
+    fn send(
+        &self,
+        caller: &Caller,
+        source: &mut Source<'_>,
+        message: &mut Outgoing,
+    ) -> Result<usize>;
 
     /// Receives; with `peek` what is received stays.
     ///
@@ -149,7 +158,9 @@ pub trait Socket: File {
     /// # Errors
     /// As `setsockopt(2)`.
     fn set_option(&self, level: i32, name: u32, value: &[u8]) -> Result<()> {
-        self.options().lock().set(self.socket_type(), level, name, value)
+        self.options()
+            .lock()
+            .set(self.socket_type(), level, name, value)
     }
 
     /// `getsockopt(2)`.

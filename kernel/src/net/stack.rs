@@ -112,7 +112,13 @@ impl Inner {
 /// Something to do once the stack's lock is free.
 enum Action {
     Notify(Arc<WatchList>, Readiness),
-    Connected(Weak<TcpSocket>, Arc<WatchList>, SocketId, SocketAddr, SocketAddr),
+    Connected(
+        Weak<TcpSocket>,
+        Arc<WatchList>,
+        SocketId,
+        SocketAddr,
+        SocketAddr,
+    ),
     Failed(Weak<TcpSocket>, Errno),
     Accepted(SocketId, SocketAddr, SocketAddr),
 }
@@ -259,7 +265,9 @@ impl StackNetwork {
 
     /// What an event of the stack asks for.
     fn react(&self, inner: &mut Inner, id: SocketId, actions: &mut Vec<Action>) {
-        let Some(target) = inner.target(id).cloned() else { return };
+        let Some(target) = inner.target(id).cloned() else {
+            return;
+        };
         match target {
             Target::Watch(watch) => {
                 let ready = readiness(inner.stack.readiness(id));
@@ -289,10 +297,15 @@ impl StackNetwork {
 
     /// Takes connections out of a listener of the stack, as many as the program's queue has room for.
     fn accept_all(&self, inner: &mut Inner, id: SocketId, actions: &mut Vec<Action>) {
-        let port = inner.stack.tcp_local_address(id).map_or(0, |address| address.port());
+        let port = inner
+            .stack
+            .tcp_local_address(id)
+            .map_or(0, |address| address.port());
         let mut room = self.tables.room(port);
         while room > 0 {
-            let Ok(connection) = inner.stack.tcp_accept(id) else { return };
+            let Ok(connection) = inner.stack.tcp_accept(id) else {
+                return;
+            };
             room -= 1;
             let local = inner.stack.tcp_local_address(connection);
             let peer = inner.stack.tcp_remote_address(connection);
@@ -305,7 +318,11 @@ impl StackNetwork {
     }
 
     fn stream(&self, id: SocketId, watch: Arc<WatchList>) -> Arc<dyn Stream> {
-        Arc::new(StackStream { network: self.this.clone(), id, watch })
+        Arc::new(StackStream {
+            network: self.this.clone(),
+            id,
+            watch,
+        })
     }
 
     fn act(&self, action: Action) {
@@ -325,9 +342,17 @@ impl StackNetwork {
             }
             Action::Accepted(id, local, peer) => {
                 let watch = Arc::new(WatchList::new());
-                self.inner.lock().set_target(id, Target::Watch(Arc::clone(&watch)));
+                self.inner
+                    .lock()
+                    .set_target(id, Target::Watch(Arc::clone(&watch)));
                 let stream = self.stream(id, Arc::clone(&watch));
-                let pending = Pending { stream, watch, local, peer, connector: None };
+                let pending = Pending {
+                    stream,
+                    watch,
+                    local,
+                    peer,
+                    connector: None,
+                };
                 let refused = match self.tables.find_listener(local) {
                     Some(listener) => listener.push(pending).err(),
                     None => Some(pending),
@@ -348,7 +373,11 @@ impl StackNetwork {
                 *self.found_servers.lock() = Some(servers);
             }
         }
-        let first = inner.stack.addresses().iter().any(|own| own.address.is_ipv4());
+        let first = inner
+            .stack
+            .addresses()
+            .iter()
+            .any(|own| own.address.is_ipv4());
         if first && !self.configured.swap(true, Ordering::Relaxed) {
             for own in inner.stack.addresses() {
                 trace::info!("net: own address {}/{}", own.address, own.prefix);
@@ -363,7 +392,10 @@ impl StackNetwork {
         let event = self.event.swap(0, Ordering::Relaxed);
         if event != 0 {
             let source = inner.device.source();
-            inner.device.acknowledge(HostEvent { source, flags: event as u32 });
+            inner.device.acknowledge(HostEvent {
+                source,
+                flags: event as u32,
+            });
         }
         self.due.store(false, Ordering::Relaxed);
         let mut received = 0;
@@ -390,15 +422,20 @@ impl StackNetwork {
         for id in core::mem::take(&mut inner.stalled) {
             self.accept_all(&mut inner, id, &mut actions);
         }
-        let deadline = inner.stack.next_deadline().map(|moment| {
-            u64::try_from(moment.as_nanos()).unwrap_or(u64::MAX)
-        });
+        let deadline = inner
+            .stack
+            .next_deadline()
+            .map(|moment| u64::try_from(moment.as_nanos()).unwrap_or(u64::MAX));
         inner.deadline = deadline;
         drop(inner);
         for action in actions {
             self.act(action);
         }
-        if self.due.load(Ordering::Relaxed) { Some(now) } else { deadline }
+        if self.due.load(Ordering::Relaxed) {
+            Some(now)
+        } else {
+            deadline
+        }
     }
 }
 
@@ -439,7 +476,9 @@ impl Network for StackNetwork {
     fn unlisten(&self, _: Scope, port: u16) {
         self.touch();
         let mut inner = self.inner.lock();
-        let Some(listening) = inner.listeners.get_mut(&port) else { return };
+        let Some(listening) = inner.listeners.get_mut(&port) else {
+            return;
+        };
         listening.users -= 1;
         if listening.users == 0 {
             let id = listening.id;
@@ -496,7 +535,12 @@ impl Network for StackNetwork {
         }
     }
 
-    fn open_datagram(&self, bind: SocketAddr, dual: bool, watch: &Arc<WatchList>) -> Result<Arc<dyn Datagrams>> {
+    fn open_datagram(
+        &self,
+        bind: SocketAddr,
+        dual: bool,
+        watch: &Arc<WatchList>,
+    ) -> Result<Arc<dyn Datagrams>> {
         self.touch();
         let mut inner = self.inner.lock();
         let id = inner.stack.datagram_open(DatagramKind::Udp);
@@ -521,7 +565,10 @@ impl Network for StackNetwork {
             return Err(errno(error));
         }
         inner.set_target(id, Target::Watch(Arc::clone(watch)));
-        Ok(Arc::new(StackDatagrams { network: self.this.clone(), id }))
+        Ok(Arc::new(StackDatagrams {
+            network: self.this.clone(),
+            id,
+        }))
     }
 
     fn interface(&self) -> Option<Interface> {
@@ -531,13 +578,28 @@ impl Network for StackNetwork {
             name: "eth0",
             mac: Some(inner.stack.mac()),
             mtu: u32::try_from(inner.stack.mtu()).unwrap_or(u32::from(ETHERNET_MTU)),
-            addresses: inner.stack.addresses().iter().map(|own| (own.address, own.prefix)).collect(),
-            gateways: inner.stack.routes().iter().filter_map(|route| route.gateway).collect(),
+            addresses: inner
+                .stack
+                .addresses()
+                .iter()
+                .map(|own| (own.address, own.prefix))
+                .collect(),
+            gateways: inner
+                .stack
+                .routes()
+                .iter()
+                .filter_map(|route| route.gateway)
+                .collect(),
         })
     }
 
     fn is_own(&self, ip: IpAddr) -> bool {
-        self.inner.lock().stack.addresses().iter().any(|own| own.address == ip)
+        self.inner
+            .lock()
+            .stack
+            .addresses()
+            .iter()
+            .any(|own| own.address == ip)
     }
 
     fn poll(&self, now: u64) -> Option<u64> {
@@ -587,7 +649,9 @@ impl Stream for StackStream {
         let id = self.id;
         if peek {
             let mut bytes = alloc::vec![0; sink.remaining().min(64 << 10)];
-            let count = self.with(|stack| stack.tcp_peek(id, &mut bytes))?.map_err(errno)?;
+            let count = self
+                .with(|stack| stack.tcp_peek(id, &mut bytes))?
+                .map_err(errno)?;
             return sink.put(bytes.get(..count).unwrap_or_default());
         }
         self.with(|stack| {
@@ -644,7 +708,9 @@ impl Stream for StackStream {
     }
 
     fn readiness(&self) -> Readiness {
-        let Some(network) = self.network.upgrade() else { return Readiness::HANGUP };
+        let Some(network) = self.network.upgrade() else {
+            return Readiness::HANGUP;
+        };
         let inner = network.inner.lock();
         readiness(inner.stack.readiness(self.id))
     }
@@ -655,13 +721,17 @@ impl Stream for StackStream {
             (true, false) => Shutdown::Read,
             _ => Shutdown::Write,
         };
-        let result = self.with(|stack| stack.tcp_shutdown(self.id, how))?.map_err(errno);
+        let result = self
+            .with(|stack| stack.tcp_shutdown(self.id, how))?
+            .map_err(errno);
         self.watch.notify(self.readiness());
         result
     }
 
     fn close(&self, abort: bool) {
-        let Some(network) = self.network.upgrade() else { return };
+        let Some(network) = self.network.upgrade() else {
+            return;
+        };
         network.touch();
         let mut inner = network.inner.lock();
         let target = inner.forget(self.id);
@@ -675,11 +745,15 @@ impl Stream for StackStream {
     }
 
     fn take_error(&self) -> Option<Errno> {
-        self.with(|stack| stack.take_error(self.id)).ok().flatten().map(errno)
+        self.with(|stack| stack.take_error(self.id))
+            .ok()
+            .flatten()
+            .map(errno)
     }
 
     fn queued(&self) -> (usize, usize) {
-        self.with(|stack| stack.tcp_queues(self.id)).unwrap_or((0, 0))
+        self.with(|stack| stack.tcp_queues(self.id))
+            .unwrap_or((0, 0))
     }
 
     fn configure(&self, options: &Options) {
@@ -704,7 +778,12 @@ impl StackDatagrams {
 }
 
 impl Datagrams for StackDatagrams {
-    fn receive(&self, sink: &mut Sink<'_>, peek: bool, only: Option<SocketAddr>) -> Result<DatagramReceived> {
+    fn receive(
+        &self,
+        sink: &mut Sink<'_>,
+        peek: bool,
+        only: Option<SocketAddr>,
+    ) -> Result<DatagramReceived> {
         let id = self.id;
         self.with(|stack| {
             loop {
@@ -739,21 +818,29 @@ impl Datagrams for StackDatagrams {
         if bytes.len() < length {
             return Err(Errno::EFAULT);
         }
-        self.with(|stack| stack.datagram_send(self.id, Some(to), &bytes))?.map_err(errno)
+        self.with(|stack| stack.datagram_send(self.id, Some(to), &bytes))?
+            .map_err(errno)
     }
 
     fn readiness(&self) -> Readiness {
-        let Some(network) = self.network.upgrade() else { return Readiness::ERROR };
+        let Some(network) = self.network.upgrade() else {
+            return Readiness::ERROR;
+        };
         let inner = network.inner.lock();
         readiness(inner.stack.readiness(self.id)) - Readiness::HANGUP
     }
 
     fn take_error(&self) -> Option<Errno> {
-        self.with(|stack| stack.take_error(self.id)).ok().flatten().map(errno)
+        self.with(|stack| stack.take_error(self.id))
+            .ok()
+            .flatten()
+            .map(errno)
     }
 
     fn close(&self) {
-        let Some(network) = self.network.upgrade() else { return };
+        let Some(network) = self.network.upgrade() else {
+            return;
+        };
         network.touch();
         let mut inner = network.inner.lock();
         let target = inner.forget(self.id);

@@ -29,7 +29,12 @@ struct Ring {
 
 impl Ring {
     fn new(limit: usize) -> Ring {
-        Ring { bytes: Vec::new(), start: 0, length: 0, limit: limit.max(SMALLEST) }
+        Ring {
+            bytes: Vec::new(),
+            start: 0,
+            length: 0,
+            limit: limit.max(SMALLEST),
+        }
     }
 
     fn free(&self) -> usize {
@@ -42,7 +47,10 @@ impl Ring {
         if needed <= self.bytes.len() {
             return;
         }
-        let capacity = needed.next_power_of_two().max(SMALLEST).min(self.limit.max(needed));
+        let capacity = needed
+            .next_power_of_two()
+            .max(SMALLEST)
+            .min(self.limit.max(needed));
         let mut bytes = alloc::vec![0; capacity];
         let (first, second) = self.parts();
         let (first_length, second_length) = (first.len(), second.len());
@@ -74,7 +82,9 @@ impl Ring {
             let capacity = self.bytes.len();
             let at = (self.start + self.length) % capacity.max(1);
             let end = (at + wanted - done).min(capacity);
-            let Some(room) = self.bytes.get_mut(at..end) else { break };
+            let Some(room) = self.bytes.get_mut(at..end) else {
+                break;
+            };
             match source.take(room) {
                 Ok(0) => break,
                 Ok(count) => {
@@ -92,7 +102,9 @@ impl Ring {
     fn drain(&mut self, sink: &mut Sink<'_>, limit: usize, peek: bool) -> Result<usize> {
         let (first, second) = self.parts();
         let first = first.get(..first.len().min(limit)).unwrap_or_default();
-        let second = second.get(..second.len().min(limit - first.len())).unwrap_or_default();
+        let second = second
+            .get(..second.len().min(limit - first.len()))
+            .unwrap_or_default();
         let mut count = sink.put(first)?;
         if count == first.len() && !second.is_empty() {
             count += sink.put(second).unwrap_or(0);
@@ -199,7 +211,13 @@ pub fn pair(rules: Rules, watch: [Arc<WatchList>; 2], limit: usize) -> (StreamEn
         }),
         watch,
     });
-    (StreamEnd { pair: Arc::clone(&pair), side: 0 }, StreamEnd { pair, side: 1 })
+    (
+        StreamEnd {
+            pair: Arc::clone(&pair),
+            side: 0,
+        },
+        StreamEnd { pair, side: 1 },
+    )
 }
 
 impl StreamEnd {
@@ -228,11 +246,17 @@ impl StreamEnd {
         }
         let direction = &mut state.directions[1 - self.side];
         if sink.remaining() == 0 && (direction.ring.length > 0 || direction.write_closed) {
-            return Ok(Received { count: 0, ancillary: None });
+            return Ok(Received {
+                count: 0,
+                ancillary: None,
+            });
         }
         if direction.ring.length == 0 || direction.read_closed && self.pair.rules == Rules::Unix {
             return if direction.write_closed || direction.read_closed {
-                Ok(Received { count: 0, ancillary: None })
+                Ok(Received {
+                    count: 0,
+                    ancillary: None,
+                })
             } else {
                 Err(Errno::EAGAIN)
             };
@@ -240,7 +264,10 @@ impl StreamEnd {
         // Attachments lie at the position of the first byte they came with.
         let mut ancillary = None;
         let mut limit = direction.ring.length;
-        let at_position = direction.attachments.front().is_some_and(|attachment| attachment.0 == direction.read);
+        let at_position = direction
+            .attachments
+            .front()
+            .is_some_and(|attachment| attachment.0 == direction.read);
         if let Some(next) = direction.attachments.get(usize::from(at_position)) {
             limit = limit.min((next.0 - direction.read) as usize);
         }
@@ -248,9 +275,15 @@ impl StreamEnd {
         let count = direction.ring.drain(sink, limit, peek)?;
         if at_position && count > 0 {
             ancillary = if peek {
-                direction.attachments.front().map(|attachment| attachment.1.clone())
+                direction
+                    .attachments
+                    .front()
+                    .map(|attachment| attachment.1.clone())
             } else {
-                direction.attachments.pop_front().map(|attachment| attachment.1)
+                direction
+                    .attachments
+                    .pop_front()
+                    .map(|attachment| attachment.1)
             };
         }
         if !peek {
@@ -279,7 +312,10 @@ impl StreamEnd {
         let reset = state.reset;
         let direction = &mut state.directions[self.side];
         let unix = self.pair.rules == Rules::Unix;
-        if direction.write_closed || reset || unix && (direction.read_closed || direction.reader_gone) {
+        if direction.write_closed
+            || reset
+            || unix && (direction.read_closed || direction.reader_gone)
+        {
             return Err(Errno::EPIPE);
         }
         if source.remaining() == 0 {
@@ -308,7 +344,9 @@ impl StreamEnd {
                 direction.attached_until = Some(direction.written);
             }
             if ancillary.is_some() || bounded {
-                direction.attachments.push_back((position, ancillary.unwrap_or_default()));
+                direction
+                    .attachments
+                    .push_back((position, ancillary.unwrap_or_default()));
             }
         }
         drop(state);
@@ -327,7 +365,8 @@ impl StreamEnd {
         let mut readiness = Readiness::empty();
         let unix = self.pair.rules == Rules::Unix;
         let read_end = incoming.write_closed || incoming.read_closed;
-        let write_end = outgoing.write_closed || unix && (outgoing.read_closed || outgoing.reader_gone);
+        let write_end =
+            outgoing.write_closed || unix && (outgoing.read_closed || outgoing.reader_gone);
         if incoming.ring.length > 0 || read_end {
             readiness |= Readiness::READABLE;
         }
@@ -337,7 +376,8 @@ impl StreamEnd {
         if write_end || outgoing.ring.free() > outgoing.ring.limit / 3 {
             readiness |= Readiness::WRITABLE;
         }
-        let peer_gone = unix && incoming.write_closed && (outgoing.read_closed || outgoing.reader_gone);
+        let peer_gone =
+            unix && incoming.write_closed && (outgoing.read_closed || outgoing.reader_gone);
         if state.reset || read_end && outgoing.write_closed || peer_gone {
             readiness |= Readiness::HANGUP;
         }
@@ -431,7 +471,11 @@ mod tests {
     use super::*;
 
     fn new(limit: usize) -> (StreamEnd, StreamEnd) {
-        pair(Rules::Unix, [Arc::new(WatchList::new()), Arc::new(WatchList::new())], limit)
+        pair(
+            Rules::Unix,
+            [Arc::new(WatchList::new()), Arc::new(WatchList::new())],
+            limit,
+        )
     }
 
     fn read(end: &StreamEnd, limit: usize) -> Result<Vec<u8>> {
@@ -472,7 +516,10 @@ mod tests {
         assert_eq!(a.send(&mut Source::kernel(b"x"), None), Err(Errno::EPIPE));
         assert_eq!(read(&b, 100).unwrap(), b"last");
         assert_eq!(read(&b, 100).unwrap(), b"");
-        assert!(b.readiness().contains(Readiness::READ_HANGUP | Readiness::READABLE | Readiness::WRITABLE));
+        assert!(
+            b.readiness()
+                .contains(Readiness::READ_HANGUP | Readiness::READABLE | Readiness::WRITABLE)
+        );
         assert!(!b.readiness().contains(Readiness::HANGUP));
         b.send(&mut Source::kernel(b"still"), None).unwrap();
         assert_eq!(read(&a, 100).unwrap(), b"still");
@@ -504,9 +551,16 @@ mod tests {
 
     #[test]
     fn a_tcp_peer_that_closed_is_found_out_by_sending() {
-        let (a, b) = pair(Rules::Tcp, [Arc::new(WatchList::new()), Arc::new(WatchList::new())], 8192);
+        let (a, b) = pair(
+            Rules::Tcp,
+            [Arc::new(WatchList::new()), Arc::new(WatchList::new())],
+            8192,
+        );
         b.close(false);
-        assert!(a.readiness().contains(Readiness::READ_HANGUP | Readiness::WRITABLE));
+        assert!(
+            a.readiness()
+                .contains(Readiness::READ_HANGUP | Readiness::WRITABLE)
+        );
         assert!(!a.readiness().contains(Readiness::HANGUP));
         assert_eq!(a.send(&mut Source::kernel(b"x"), None), Ok(1));
         assert!(a.readiness().contains(Readiness::HANGUP | Readiness::ERROR));
@@ -522,7 +576,12 @@ mod tests {
         assert_eq!(a.send(&mut Source::kernel(&many), None), Err(Errno::EAGAIN));
         assert!(!a.readiness().contains(Readiness::WRITABLE));
         let mut bytes = [0; 100];
-        assert_eq!(b.receive(&mut Sink::kernel(&mut bytes), true).unwrap().count, 100);
+        assert_eq!(
+            b.receive(&mut Sink::kernel(&mut bytes), true)
+                .unwrap()
+                .count,
+            100
+        );
         assert_eq!(b.available(), 4096);
         assert_eq!(read(&b, 5000).unwrap().len(), 4096);
         assert!(a.readiness().contains(Readiness::WRITABLE));
@@ -531,14 +590,25 @@ mod tests {
     #[test]
     fn attachments_come_with_their_bytes() {
         let (a, b) = new(8192);
-        let tagged = |pid| Ancillary { credentials: Some((pid, 0, 0)), files: Vec::new() };
+        let tagged = |pid| Ancillary {
+            credentials: Some((pid, 0, 0)),
+            files: Vec::new(),
+        };
         a.send(&mut Source::kernel(b"plain"), None).unwrap();
-        a.send(&mut Source::kernel(b"one"), Some(tagged(1))).unwrap();
-        a.send(&mut Source::kernel(b"two"), Some(tagged(2))).unwrap();
+        a.send(&mut Source::kernel(b"one"), Some(tagged(1)))
+            .unwrap();
+        a.send(&mut Source::kernel(b"two"), Some(tagged(2)))
+            .unwrap();
         let mut bytes = [0; 100];
         let mut next = || {
             let received = b.receive(&mut Sink::kernel(&mut bytes), false).unwrap();
-            (received.count, received.ancillary.and_then(|ancillary| ancillary.credentials).map(|c| c.0))
+            (
+                received.count,
+                received
+                    .ancillary
+                    .and_then(|ancillary| ancillary.credentials)
+                    .map(|c| c.0),
+            )
         };
         assert_eq!(next(), (5, None));
         assert_eq!(next(), (3, Some(1)));

@@ -50,9 +50,15 @@ struct Bound {
 
 enum State {
     Idle,
-    Listening { listener: Arc<Listener>, on_backend: bool },
+    Listening {
+        listener: Arc<Listener>,
+        on_backend: bool,
+    },
     /// By the backend, or waiting for a place in a local listener's queue.
-    Connecting { attempt: Option<u64>, waiting: Option<(StreamEnd, SocketAddr, SocketAddr)> },
+    Connecting {
+        attempt: Option<u64>,
+        waiting: Option<(StreamEnd, SocketAddr, SocketAddr)>,
+    },
     Connected,
     Closed,
 }
@@ -122,7 +128,14 @@ impl TcpSocket {
     /// A new socket of `AF_INET` or `AF_INET6`.
     #[must_use]
     pub fn new(shared: &Arc<Shared>, family: u16) -> Arc<TcpSocket> {
-        TcpSocket::with(shared, family, Arc::new(WatchList::new()), Options::default(), State::Idle, None)
+        TcpSocket::with(
+            shared,
+            family,
+            Arc::new(WatchList::new()),
+            Options::default(),
+            State::Idle,
+            None,
+        )
     }
 
     fn with(
@@ -136,7 +149,11 @@ impl TcpSocket {
         Arc::new_cyclic(|this| TcpSocket {
             this: this.clone(),
             shared: Arc::clone(shared),
-            kind: SocketType { family, kind: linux::SOCK_STREAM, protocol: LEVEL_TCP },
+            kind: SocketType {
+                family,
+                kind: linux::SOCK_STREAM,
+                protocol: LEVEL_TCP,
+            },
             number: shared.next_number(),
             watch,
             options: Mutex::new(options),
@@ -161,17 +178,31 @@ impl TcpSocket {
             return Ok(bound.address);
         }
         let options = self.options.lock();
-        let scope = Scope { ip, dual: self.kind.family == AF_INET6 && ip.is_unspecified() && !options.v6_only };
-        let lease = self.shared.tables.bind(Transport::Tcp, scope, 0, &options)?;
+        let scope = Scope {
+            ip,
+            dual: self.kind.family == AF_INET6 && ip.is_unspecified() && !options.v6_only,
+        };
+        let lease = self
+            .shared
+            .tables
+            .bind(Transport::Tcp, scope, 0, &options)?;
         let address = SocketAddr::new(ip, lease.port());
-        *bound = Some(Bound { address, scope, lease: Some(lease) });
+        *bound = Some(Bound {
+            address,
+            scope,
+            lease: Some(lease),
+        });
         Ok(address)
     }
 
     /// Takes the pending error.
     fn take_error(&self) -> Option<Errno> {
         let own = self.error.lock().take();
-        own.or_else(|| self.connection.get().and_then(|connection| connection.stream.take_error()))
+        own.or_else(|| {
+            self.connection
+                .get()
+                .and_then(|connection| connection.stream.take_error())
+        })
     }
 
     /// A background connect has succeeded. Closes the stream if the socket has gone meanwhile.
@@ -185,7 +216,11 @@ impl TcpSocket {
         *state = State::Connected;
         drop(state);
         stream.configure(&self.options.lock());
-        self.connection.call_once(|| Connection { stream, local, peer });
+        self.connection.call_once(|| Connection {
+            stream,
+            local,
+            peer,
+        });
         self.unannounced.store(true, Ordering::Relaxed);
         self.watch.notify(Readiness::WRITABLE | Readiness::READABLE);
     }
@@ -193,8 +228,12 @@ impl TcpSocket {
     /// The local listener has made place for this connecting socket.
     pub fn complete_waiting(&self) {
         let mut state = self.state.lock();
-        let State::Connecting { waiting, .. } = &mut *state else { return };
-        let Some((end, local, peer)) = waiting.take() else { return };
+        let State::Connecting { waiting, .. } = &mut *state else {
+            return;
+        };
+        let Some((end, local, peer)) = waiting.take() else {
+            return;
+        };
         drop(state);
         self.complete(Arc::new(end), local, peer);
     }
@@ -225,17 +264,30 @@ impl TcpSocket {
         let refused = || {
             if caller.non_blocking {
                 // The refusal is learned in the background, as over a wire.
-                *self.state.lock() = State::Connecting { attempt: None, waiting: None };
+                *self.state.lock() = State::Connecting {
+                    attempt: None,
+                    waiting: None,
+                };
                 self.fail(Errno::ECONNREFUSED);
                 return Err(Errno::EINPROGRESS);
             }
             Err(Errno::ECONNREFUSED)
         };
-        let Some(listener) = self.shared.tables.find_listener(to) else { return refused() };
+        let Some(listener) = self.shared.tables.find_listener(to) else {
+            return refused();
+        };
         let options = self.options.lock().clone();
-        let limit = if options.buffers_set { options.send_buffer as usize } else { LOCAL_BUFFER };
+        let limit = if options.buffers_set {
+            options.send_buffer as usize
+        } else {
+            LOCAL_BUFFER
+        };
         let peer_watch = Arc::new(WatchList::new());
-        let (mine, theirs) = pair(Rules::Tcp, [Arc::clone(&self.watch), Arc::clone(&peer_watch)], limit);
+        let (mine, theirs) = pair(
+            Rules::Tcp,
+            [Arc::clone(&self.watch), Arc::clone(&peer_watch)],
+            limit,
+        );
         let pending = Pending {
             stream: Arc::new(theirs),
             watch: peer_watch,
@@ -244,7 +296,10 @@ impl TcpSocket {
             connector: Some(self.this.clone()),
         };
         // In place before the other side can look for it.
-        *self.state.lock() = State::Connecting { attempt: None, waiting: Some((mine, local, to)) };
+        *self.state.lock() = State::Connecting {
+            attempt: None,
+            waiting: Some((mine, local, to)),
+        };
         match listener.push(pending) {
             Ok(true) => {
                 self.complete_waiting();
@@ -286,7 +341,10 @@ impl TcpSocket {
         let state = core::mem::replace(&mut *self.state.lock(), State::Closed);
         let abort = self.options.lock().linger == Some(0);
         match state {
-            State::Listening { listener, on_backend } => {
+            State::Listening {
+                listener,
+                on_backend,
+            } => {
                 self.shared.tables.remove_listener(&listener);
                 if on_backend && let Some(backend) = &self.shared.backend {
                     backend.unlisten(listener.scope, listener.port);
@@ -321,8 +379,14 @@ impl TcpSocket {
             State::Listening { .. } => 10,
             State::Connecting { .. } => 2,
             State::Connected => {
-                let readiness = self.connection.get().map_or(Readiness::empty(), |c| c.stream.readiness());
-                match (readiness.contains(Readiness::READ_HANGUP), self.write_closed.load(Ordering::Relaxed)) {
+                let readiness = self
+                    .connection
+                    .get()
+                    .map_or(Readiness::empty(), |c| c.stream.readiness());
+                match (
+                    readiness.contains(Readiness::READ_HANGUP),
+                    self.write_closed.load(Ordering::Relaxed),
+                ) {
                     _ if readiness.contains(Readiness::HANGUP) => 7,
                     (false, false) => 1,
                     (true, false) => 8,
@@ -393,11 +457,14 @@ impl File for TcpSocket {
         let mut readiness = match &*self.state.lock() {
             State::Idle => Readiness::WRITABLE | Readiness::HANGUP,
             State::Listening { listener, .. } if listener.is_ready() => Readiness::READABLE,
-            State::Listening { .. } | State::Connecting { .. } | State::Connected => Readiness::empty(),
+            State::Listening { .. } | State::Connecting { .. } | State::Connected => {
+                Readiness::empty()
+            }
             State::Closed => Readiness::HANGUP,
         };
         if self.error.lock().is_some() {
-            readiness |= Readiness::READABLE | Readiness::WRITABLE | Readiness::ERROR | Readiness::HANGUP;
+            readiness |=
+                Readiness::READABLE | Readiness::WRITABLE | Readiness::ERROR | Readiness::HANGUP;
         }
         readiness
     }
@@ -411,7 +478,9 @@ impl File for TcpSocket {
     }
 
     fn ioctl(&self, thread: &Thread, request: u32, argument: u64) -> Result<usize> {
-        if request == linux_raw_sys::ioctl::FIONREAD && matches!(*self.state.lock(), State::Listening { .. }) {
+        if request == linux_raw_sys::ioctl::FIONREAD
+            && matches!(*self.state.lock(), State::Listening { .. })
+        {
             return Err(Errno::EINVAL);
         }
         ioctl::ioctl(self, &self.shared, thread, request, argument)
@@ -445,18 +514,28 @@ impl Socket for TcpSocket {
         if !options.free_bind && !self.shared.is_bindable(ip) {
             return Err(Errno::EADDRNOTAVAIL);
         }
-        let dual = self.kind.family == AF_INET6 && ip.is_unspecified() && ip.is_ipv6() && !options.v6_only;
+        let dual =
+            self.kind.family == AF_INET6 && ip.is_unspecified() && ip.is_ipv6() && !options.v6_only;
         let scope = Scope { ip, dual };
-        let lease = self.shared.tables.bind(Transport::Tcp, scope, address.port(), &options)?;
+        let lease = self
+            .shared
+            .tables
+            .bind(Transport::Tcp, scope, address.port(), &options)?;
         let mut address = address;
         address.set_port(lease.port());
-        *self.bound.lock() = Some(Bound { address, scope, lease: Some(lease) });
+        *self.bound.lock() = Some(Bound {
+            address,
+            scope,
+            lease: Some(lease),
+        });
         Ok(())
     }
 
     fn listen(&self, _: &Caller, backlog: i32) -> Result<()> {
         // A negative backlog is a very large one (the cast in Linux's listen).
-        let backlog = usize::try_from(backlog).unwrap_or(MAX_BACKLOG).min(MAX_BACKLOG);
+        let backlog = usize::try_from(backlog)
+            .unwrap_or(MAX_BACKLOG)
+            .min(MAX_BACKLOG);
         match &*self.state.lock() {
             State::Listening { listener, .. } => {
                 listener.set_backlog(backlog);
@@ -471,7 +550,12 @@ impl Socket for TcpSocket {
         if let Some(lease) = &bound.lease {
             lease.listen()?;
         }
-        let listener = Listener::new(bound.scope, bound.address.port(), backlog, Arc::clone(&self.watch));
+        let listener = Listener::new(
+            bound.scope,
+            bound.address.port(),
+            backlog,
+            Arc::clone(&self.watch),
+        );
         let mut on_backend = false;
         if let Some(backend) = &self.shared.backend
             && !bound.scope.ip.is_loopback()
@@ -480,7 +564,10 @@ impl Socket for TcpSocket {
             on_backend = true;
         }
         self.shared.tables.add_listener(&listener);
-        *self.state.lock() = State::Listening { listener, on_backend };
+        *self.state.lock() = State::Listening {
+            listener,
+            on_backend,
+        };
         Ok(())
     }
 
@@ -494,7 +581,11 @@ impl Socket for TcpSocket {
         options.receive_timeout = 0;
         options.send_timeout = 0;
         pending.stream.configure(&options);
-        let connection = Connection { stream: pending.stream, local: pending.local, peer: pending.peer };
+        let connection = Connection {
+            stream: pending.stream,
+            local: pending.local,
+            peer: pending.peer,
+        };
         let socket = TcpSocket::with(
             &self.shared,
             self.kind.family,
@@ -537,7 +628,10 @@ impl Socket for TcpSocket {
             // Nothing comes back to a loopback address.
             return Err(Errno::EINVAL);
         }
-        *self.state.lock() = State::Connecting { attempt: None, waiting: None };
+        *self.state.lock() = State::Connecting {
+            attempt: None,
+            waiting: None,
+        };
         let options = self.options.lock().clone();
         match backend.connect(&self.this, &self.watch, from, to, &options) {
             Ok(number) => {
@@ -570,11 +664,16 @@ impl Socket for TcpSocket {
             return Ok(Address::Inet(connection.local));
         }
         let bound = self.bound.lock().as_ref().map(|bound| bound.address);
-        Ok(Address::Inet(bound.unwrap_or(unspecified(self.kind.family))))
+        Ok(Address::Inet(
+            bound.unwrap_or(unspecified(self.kind.family)),
+        ))
     }
 
     fn peer_address(&self) -> Result<Address> {
-        self.connection.get().map(|connection| Address::Inet(connection.peer)).ok_or(Errno::ENOTCONN)
+        self.connection
+            .get()
+            .map(|connection| Address::Inet(connection.peer))
+            .ok_or(Errno::ENOTCONN)
     }
 
     fn send(&self, _: &Caller, source: &mut Source<'_>, message: &mut Outgoing) -> Result<usize> {
@@ -621,12 +720,17 @@ impl Socket for TcpSocket {
 
     fn option(&self, level: i32, name: u32) -> Result<Vec<u8>> {
         match (level, name) {
-            (SOL_SOCKET, linux::SO_ERROR) => {
-                Ok(self.take_error().map_or(0, Errno::number).to_ne_bytes().to_vec())
-            }
-            (SOL_SOCKET, linux::SO_ACCEPTCONN) => {
-                Ok(i32::from(matches!(*self.state.lock(), State::Listening { .. })).to_ne_bytes().to_vec())
-            }
+            (SOL_SOCKET, linux::SO_ERROR) => Ok(self
+                .take_error()
+                .map_or(0, Errno::number)
+                .to_ne_bytes()
+                .to_vec()),
+            (SOL_SOCKET, linux::SO_ACCEPTCONN) => Ok(i32::from(matches!(
+                *self.state.lock(),
+                State::Listening { .. }
+            ))
+            .to_ne_bytes()
+            .to_vec()),
             (LEVEL_TCP, linux::TCP_INFO) => Ok(self.information()),
             _ => self.options.lock().get(self.kind, level, name),
         }
@@ -637,6 +741,8 @@ impl Socket for TcpSocket {
     }
 
     fn queued(&self) -> (usize, usize) {
-        self.connection.get().map_or((0, 0), |connection| connection.stream.queued())
+        self.connection
+            .get()
+            .map_or((0, 0), |connection| connection.stream.queued())
     }
 }

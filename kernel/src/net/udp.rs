@@ -96,7 +96,11 @@ impl UdpSocket {
         Arc::new_cyclic(|this| UdpSocket {
             this: this.clone(),
             shared: Arc::clone(shared),
-            kind: SocketType { family, kind: linux::SOCK_DGRAM, protocol: LEVEL_UDP },
+            kind: SocketType {
+                family,
+                kind: linux::SOCK_DGRAM,
+                protocol: LEVEL_UDP,
+            },
             number: shared.next_number(),
             watch: Arc::new(WatchList::new()),
             options: Mutex::new(Options::default()),
@@ -120,14 +124,24 @@ impl UdpSocket {
     fn bind_to(&self, address: SocketAddr) -> Result<SocketAddr> {
         let options = self.options.lock();
         let ip = address.ip();
-        let dual = self.kind.family == AF_INET6 && ip.is_ipv6() && ip.is_unspecified() && !options.v6_only;
+        let dual =
+            self.kind.family == AF_INET6 && ip.is_ipv6() && ip.is_unspecified() && !options.v6_only;
         let scope = Scope { ip, dual };
-        let lease = self.shared.tables.bind(Transport::Udp, scope, address.port(), &options)?;
+        let lease = self
+            .shared
+            .tables
+            .bind(Transport::Udp, scope, address.port(), &options)?;
         drop(options);
         let mut address = address;
         address.set_port(lease.port());
-        self.shared.tables.add_datagram(lease.port(), self.this.clone());
-        self.state.lock().bound = Some(Bound { address, scope, lease });
+        self.shared
+            .tables
+            .add_datagram(lease.port(), self.this.clone());
+        self.state.lock().bound = Some(Bound {
+            address,
+            scope,
+            lease,
+        });
         Ok(address)
     }
 
@@ -148,7 +162,12 @@ impl UdpSocket {
         if address.ip().is_loopback() {
             return Err(Errno::EINVAL);
         }
-        let dual = self.state.lock().bound.as_ref().is_some_and(|bound| bound.scope.dual);
+        let dual = self
+            .state
+            .lock()
+            .bound
+            .as_ref()
+            .is_some_and(|bound| bound.scope.dual);
         let external = backend.open_datagram(address, dual, &self.watch)?;
         self.state.lock().external = Some(Arc::clone(&external));
         Ok(external)
@@ -184,7 +203,9 @@ impl UdpSocket {
     fn deliver(&self, datagram: Datagram) {
         let limit = self.options.lock().receive_buffer as usize;
         let mut state = self.state.lock();
-        if state.read_closed || state.queued + datagram.bytes.len() + OVERHEAD > limit.max(OVERHEAD * 2) {
+        if state.read_closed
+            || state.queued + datagram.bytes.len() + OVERHEAD > limit.max(OVERHEAD * 2)
+        {
             return;
         }
         state.queued += datagram.bytes.len() + OVERHEAD;
@@ -221,14 +242,22 @@ impl UdpSocket {
         }
         let mut from = self.ensure_bound()?;
         if from.ip().is_unspecified() || from.is_ipv6() != to.is_ipv6() {
-            from.set_ip(if to.ip().is_loopback() { loopback_like(to.ip()) } else { to.ip() });
+            from.set_ip(if to.ip().is_loopback() {
+                loopback_like(to.ip())
+            } else {
+                to.ip()
+            });
         }
         let bytes = source.take_vector(length)?;
         if bytes.len() < length {
             return Err(Errno::EFAULT);
         }
         match self.shared.tables.find_datagram(from, to) {
-            Some(socket) => socket.deliver(Datagram { from, to: to.ip(), bytes }),
+            Some(socket) => socket.deliver(Datagram {
+                from,
+                to: to.ip(),
+                bytes,
+            }),
             // What "port unreachable" tells, connected sockets alone (udp(7)).
             None if connected.is_some() => {
                 *self.error.lock() = Some(Errno::ECONNREFUSED);
@@ -248,7 +277,9 @@ impl UdpSocket {
         state.write_closed = true;
         drop(state);
         if let Some(bound) = bound {
-            self.shared.tables.remove_datagram(bound.lease.port(), &self.this);
+            self.shared
+                .tables
+                .remove_datagram(bound.lease.port(), &self.this);
         }
         if let Some(external) = external {
             external.close();
@@ -343,7 +374,9 @@ impl Socket for UdpSocket {
             if let Err(error) = self.external() {
                 let bound = self.state.lock().bound.take();
                 if let Some(bound) = bound {
-                    self.shared.tables.remove_datagram(bound.lease.port(), &self.this);
+                    self.shared
+                        .tables
+                        .remove_datagram(bound.lease.port(), &self.this);
                 }
                 return Err(error);
             }
@@ -365,7 +398,11 @@ impl Socket for UdpSocket {
             let backend = self.shared.backend.as_ref().ok_or(Errno::ENETUNREACH)?;
             // The address that the program then sees as its own (getsockname(2) after connect(2)).
             let interface = backend.interface().ok_or(Errno::ENETUNREACH)?;
-            if !interface.addresses.iter().any(|(ip, _)| ip.is_ipv6() == to.is_ipv6()) {
+            if !interface
+                .addresses
+                .iter()
+                .any(|(ip, _)| ip.is_ipv6() == to.is_ipv6())
+            {
                 return Err(Errno::ENETUNREACH);
             }
         }
@@ -379,7 +416,10 @@ impl Socket for UdpSocket {
 
     fn local_address(&self) -> Result<Address> {
         let state = self.state.lock();
-        let mut address = state.bound.as_ref().map_or(unspecified(self.kind.family), |bound| bound.address);
+        let mut address = state
+            .bound
+            .as_ref()
+            .map_or(unspecified(self.kind.family), |bound| bound.address);
         if let Some(peer) = state.peer
             && address.ip().is_unspecified()
             && let Some(ip) = self.shared.source_for(peer.ip())
@@ -390,7 +430,11 @@ impl Socket for UdpSocket {
     }
 
     fn peer_address(&self) -> Result<Address> {
-        self.state.lock().peer.map(Address::Inet).ok_or(Errno::ENOTCONN)
+        self.state
+            .lock()
+            .peer
+            .map(Address::Inet)
+            .ok_or(Errno::ENOTCONN)
     }
 
     fn send(&self, _: &Caller, source: &mut Source<'_>, message: &mut Outgoing) -> Result<usize> {
@@ -398,7 +442,11 @@ impl Socket for UdpSocket {
             return Err(Errno::EINVAL);
         }
         let to = match &message.to {
-            Some(address) => Some(check_family(self.kind.family, self.options.lock().v6_only, address)?),
+            Some(address) => Some(check_family(
+                self.kind.family,
+                self.options.lock().v6_only,
+                address,
+            )?),
             None => None,
         };
         self.send_to(source, to)
@@ -447,7 +495,11 @@ impl Socket for UdpSocket {
                 Err(error) => return Err(error),
             }
         }
-        if closed { Ok(Incoming::default()) } else { Err(Errno::EAGAIN) }
+        if closed {
+            Ok(Incoming::default())
+        } else {
+            Err(Errno::EAGAIN)
+        }
     }
 
     fn shutdown(&self, read: bool, write: bool) -> Result<()> {
@@ -476,6 +528,13 @@ impl Socket for UdpSocket {
     }
 
     fn queued(&self) -> (usize, usize) {
-        (self.state.lock().queue.front().map_or(0, |datagram| datagram.bytes.len()), 0)
+        (
+            self.state
+                .lock()
+                .queue
+                .front()
+                .map_or(0, |datagram| datagram.bytes.len()),
+            0,
+        )
     }
 }

@@ -82,7 +82,10 @@ impl Names {
 
     fn remove(&self, key: &Key, socket: &Weak<UnixSocket>) {
         let mut sockets = self.sockets.lock();
-        if sockets.get(key).is_some_and(|other| Weak::ptr_eq(other, socket)) {
+        if sockets
+            .get(key)
+            .is_some_and(|other| Weak::ptr_eq(other, socket))
+        {
             sockets.remove(key);
         }
     }
@@ -167,19 +170,30 @@ impl UnixSocket {
         Arc::new_cyclic(|this| UnixSocket {
             this: this.clone(),
             shared: Arc::clone(shared),
-            kind: SocketType { family: AF_UNIX, kind, protocol: 0 },
+            kind: SocketType {
+                family: AF_UNIX,
+                kind,
+                protocol: 0,
+            },
             number: shared.next_number(),
             watch: Arc::new(WatchList::new()),
             options: Mutex::new(Options::default()),
             state: Mutex::new(State::Idle),
-            bound: Mutex::new(Bound { name: UnixName::Unnamed, key: None }),
+            bound: Mutex::new(Bound {
+                name: UnixName::Unnamed,
+                key: None,
+            }),
             stream: Once::new(),
             inbox: Mutex::new(Inbox::default()),
             peer: Mutex::new(None),
             peer_name: Mutex::new(None),
             peer_credentials: Mutex::new(None),
             owner: Mutex::new((0, 0, 0)),
-            backlog: Mutex::new(Backlog { ready: VecDeque::new(), limit: 0, connectors: Vec::new() }),
+            backlog: Mutex::new(Backlog {
+                ready: VecDeque::new(),
+                limit: 0,
+                connectors: Vec::new(),
+            }),
             write_closed: Mutex::new(false),
             error: Mutex::new(None),
         })
@@ -187,7 +201,11 @@ impl UnixSocket {
 
     /// Two sockets connected to each other (`socketpair(2)`).
     #[must_use]
-    pub fn pair(shared: &Arc<Shared>, kind: u32, caller: &Caller) -> (Arc<UnixSocket>, Arc<UnixSocket>) {
+    pub fn pair(
+        shared: &Arc<Shared>,
+        kind: u32,
+        caller: &Caller,
+    ) -> (Arc<UnixSocket>, Arc<UnixSocket>) {
         let (a, b) = (UnixSocket::new(shared, kind), UnixSocket::new(shared, kind));
         UnixSocket::join(&a, &b);
         for socket in [&a, &b] {
@@ -199,7 +217,11 @@ impl UnixSocket {
     fn join(a: &Arc<UnixSocket>, b: &Arc<UnixSocket>) {
         if a.is_byte_stream() {
             let limit = a.options.lock().send_buffer as usize;
-            let (first, second) = pair(Rules::Unix, [Arc::clone(&a.watch), Arc::clone(&b.watch)], limit);
+            let (first, second) = pair(
+                Rules::Unix,
+                [Arc::clone(&a.watch), Arc::clone(&b.watch)],
+                limit,
+            );
             a.stream.call_once(|| first);
             b.stream.call_once(|| second);
         }
@@ -244,11 +266,19 @@ impl UnixSocket {
     /// Gives the socket a name of its own in the abstract name space.
     fn bind_automatically(&self) -> Result<()> {
         for _ in 0..=0xf_ffff_u32 {
-            let number = self.shared.unix.next_automatic.fetch_add(1, Ordering::Relaxed) & 0xf_ffff;
+            let number = self
+                .shared
+                .unix
+                .next_automatic
+                .fetch_add(1, Ordering::Relaxed)
+                & 0xf_ffff;
             let name = format!("{number:05x}").into_bytes();
             let key = Key::Abstract(name.clone());
             if self.shared.unix.add(key.clone(), &self.this).is_ok() {
-                *self.bound.lock() = Bound { name: UnixName::Abstract(name), key: Some(key) };
+                *self.bound.lock() = Bound {
+                    name: UnixName::Abstract(name),
+                    key: Some(key),
+                };
                 return Ok(());
             }
         }
@@ -259,11 +289,20 @@ impl UnixSocket {
     fn deliver(&self, sender: &Weak<UnixSocket>, message: Message, limit: usize) -> Result<()> {
         let mut inbox = self.inbox.lock();
         if inbox.closed {
-            return Err(if self.is_datagram() { Errno::ECONNREFUSED } else { Errno::EPIPE });
+            return Err(if self.is_datagram() {
+                Errno::ECONNREFUSED
+            } else {
+                Errno::EPIPE
+            });
         }
-        let full = inbox.bytes + message.bytes.len() > limit || inbox.messages.len() >= MAX_DATAGRAMS;
+        let full =
+            inbox.bytes + message.bytes.len() > limit || inbox.messages.len() >= MAX_DATAGRAMS;
         if full && !inbox.messages.is_empty() {
-            if !inbox.senders.iter().any(|other| Weak::ptr_eq(other, sender)) {
+            if !inbox
+                .senders
+                .iter()
+                .any(|other| Weak::ptr_eq(other, sender))
+            {
                 inbox.senders.push(sender.clone());
             }
             return Err(Errno::EAGAIN);
@@ -278,7 +317,8 @@ impl UnixSocket {
     /// Whether a message for `peer` would meet a full inbox.
     fn is_inbox_full(&self) -> bool {
         let inbox = self.inbox.lock();
-        inbox.messages.len() >= MAX_DATAGRAMS || inbox.bytes >= self.options.lock().receive_buffer as usize
+        inbox.messages.len() >= MAX_DATAGRAMS
+            || inbox.bytes >= self.options.lock().receive_buffer as usize
     }
 
     fn send_message(
@@ -310,7 +350,11 @@ impl UnixSocket {
         // Whether there is room is asked before the bytes are taken, so that a wait can take them again.
         if target.is_inbox_full() {
             let mut inbox = target.inbox.lock();
-            if !inbox.senders.iter().any(|other| Weak::ptr_eq(other, &self.this)) {
+            if !inbox
+                .senders
+                .iter()
+                .any(|other| Weak::ptr_eq(other, &self.this))
+            {
                 inbox.senders.push(self.this.clone());
             }
             return Err(Errno::EAGAIN);
@@ -320,7 +364,15 @@ impl UnixSocket {
             return Err(Errno::EFAULT);
         }
         let from = self.bound.lock().name.clone();
-        target.deliver(&self.this, Message { bytes, from, ancillary }, usize::MAX)?;
+        target.deliver(
+            &self.this,
+            Message {
+                bytes,
+                from,
+                ancillary,
+            },
+            usize::MAX,
+        )?;
         Ok(length)
     }
 
@@ -351,7 +403,9 @@ impl UnixSocket {
             incoming.credentials = message.ancillary.credentials;
             return Ok(incoming);
         }
-        let Some(message) = inbox.messages.pop_front() else { return Ok(incoming) };
+        let Some(message) = inbox.messages.pop_front() else {
+            return Ok(incoming);
+        };
         inbox.bytes -= message.bytes.len();
         incoming.files = message.ancillary.files;
         incoming.credentials = message.ancillary.credentials;
@@ -365,7 +419,13 @@ impl UnixSocket {
 
     fn end(&self) {
         let state = core::mem::replace(&mut *self.state.lock(), State::Closed);
-        let bound = core::mem::replace(&mut *self.bound.lock(), Bound { name: UnixName::Unnamed, key: None });
+        let bound = core::mem::replace(
+            &mut *self.bound.lock(),
+            Bound {
+                name: UnixName::Unnamed,
+                key: None,
+            },
+        );
         if let Some(key) = bound.key {
             self.shared.unix.remove(&key, &self.this);
         }
@@ -398,7 +458,11 @@ impl UnixSocket {
         if let Some(peer) = peer
             && !self.is_byte_stream()
         {
-            let mutual = peer.peer.lock().as_ref().is_some_and(|back| Weak::ptr_eq(back, &self.this));
+            let mutual = peer
+                .peer
+                .lock()
+                .as_ref()
+                .is_some_and(|back| Weak::ptr_eq(back, &self.this));
             if mutual && !self.is_datagram() {
                 peer.inbox.lock().ended = true;
                 if unread {
@@ -501,7 +565,9 @@ impl Socket for UnixSocket {
     }
 
     fn bind(&self, caller: &Caller, address: &Address) -> Result<()> {
-        let Address::Unix(name) = address else { return Err(Errno::EINVAL) };
+        let Address::Unix(name) = address else {
+            return Err(Errno::EINVAL);
+        };
         if self.bound.lock().key.is_some() {
             return Err(Errno::EINVAL);
         }
@@ -514,7 +580,10 @@ impl Socket for UnixSocket {
             }
         };
         self.shared.unix.add(key.clone(), &self.this)?;
-        *self.bound.lock() = Bound { name: name.clone(), key: Some(key) };
+        *self.bound.lock() = Bound {
+            name: name.clone(),
+            key: Some(key),
+        };
         Ok(())
     }
 
@@ -532,13 +601,19 @@ impl Socket for UnixSocket {
         }
         drop(state);
         *self.owner.lock() = credentials(caller);
-        self.backlog.lock().limit = usize::try_from(backlog).unwrap_or(MAX_BACKLOG).min(MAX_BACKLOG);
+        self.backlog.lock().limit = usize::try_from(backlog)
+            .unwrap_or(MAX_BACKLOG)
+            .min(MAX_BACKLOG);
         Ok(())
     }
 
     fn accept(&self) -> Result<(Arc<dyn File>, Address)> {
         if !matches!(*self.state.lock(), State::Listening) {
-            return Err(if self.is_datagram() { Errno::EOPNOTSUPP } else { Errno::EINVAL });
+            return Err(if self.is_datagram() {
+                Errno::EOPNOTSUPP
+            } else {
+                Errno::EINVAL
+            });
         }
         let mut backlog = self.backlog.lock();
         let socket = backlog.ready.pop_front().ok_or(Errno::EAGAIN)?;
@@ -578,7 +653,11 @@ impl Socket for UnixSocket {
         {
             let mut backlog = listener.backlog.lock();
             if backlog.ready.len() > backlog.limit {
-                if !backlog.connectors.iter().any(|other| Weak::ptr_eq(other, &self.this)) {
+                if !backlog
+                    .connectors
+                    .iter()
+                    .any(|other| Weak::ptr_eq(other, &self.this))
+                {
                     backlog.connectors.push(self.this.clone());
                 }
                 return Err(Errno::EAGAIN);
@@ -602,10 +681,19 @@ impl Socket for UnixSocket {
     }
 
     fn peer_address(&self) -> Result<Address> {
-        self.peer_name.lock().clone().map(Address::Unix).ok_or(Errno::ENOTCONN)
+        self.peer_name
+            .lock()
+            .clone()
+            .map(Address::Unix)
+            .ok_or(Errno::ENOTCONN)
     }
 
-    fn send(&self, caller: &Caller, source: &mut Source<'_>, message: &mut Outgoing) -> Result<usize> {
+    fn send(
+        &self,
+        caller: &Caller,
+        source: &mut Source<'_>,
+        message: &mut Outgoing,
+    ) -> Result<usize> {
         let ancillary = Ancillary {
             credentials: message.credentials.or(Some(credentials(caller))),
             files: message.files.clone(),
@@ -615,13 +703,22 @@ impl Socket for UnixSocket {
         }
         if self.is_byte_stream() {
             if message.to.is_some() {
-                return Err(if self.is_connected() { Errno::EISCONN } else { Errno::EOPNOTSUPP });
+                return Err(if self.is_connected() {
+                    Errno::EISCONN
+                } else {
+                    Errno::EOPNOTSUPP
+                });
             }
             let stream = self.stream.get().ok_or(Errno::ENOTCONN)?;
             // Credentials that nobody asked for need no attachment: it would cut reads short.
             let wanted = message.credentials.is_some()
                 || self.options.lock().pass_credentials
-                || self.peer.lock().as_ref().and_then(Weak::upgrade).is_some_and(|p| p.options.lock().pass_credentials);
+                || self
+                    .peer
+                    .lock()
+                    .as_ref()
+                    .and_then(Weak::upgrade)
+                    .is_some_and(|p| p.options.lock().pass_credentials);
             let attach = wanted || !ancillary.files.is_empty();
             return stream.send(source, attach.then_some(ancillary));
         }
@@ -668,7 +765,8 @@ impl Socket for UnixSocket {
                 && !self.is_datagram()
             {
                 peer.inbox.lock().ended = true;
-                peer.watch.notify(Readiness::READABLE | Readiness::READ_HANGUP);
+                peer.watch
+                    .notify(Readiness::READABLE | Readiness::READ_HANGUP);
             }
         }
         self.watch.notify(Readiness::all());
@@ -683,11 +781,16 @@ impl Socket for UnixSocket {
                 Ok(error.map_or(0, Errno::number).to_ne_bytes().to_vec())
             }
             (SOL_SOCKET, linux::SO_ACCEPTCONN) => {
-                Ok(i32::from(matches!(*self.state.lock(), State::Listening)).to_ne_bytes().to_vec())
+                Ok(i32::from(matches!(*self.state.lock(), State::Listening))
+                    .to_ne_bytes()
+                    .to_vec())
             }
             (SOL_SOCKET, linux::SO_PEERCRED) => {
                 // Without a peer Linux tells process 0 and the overflow values -1.
-                let (pid, uid, gid) = self.peer_credentials.lock().unwrap_or((0, u32::MAX, u32::MAX));
+                let (pid, uid, gid) =
+                    self.peer_credentials
+                        .lock()
+                        .unwrap_or((0, u32::MAX, u32::MAX));
                 Ok(bytes_of(&linux::ucred { pid, uid, gid }).to_vec())
             }
             _ => self.options.lock().get(self.kind, level, name),
@@ -712,7 +815,14 @@ impl Socket for UnixSocket {
     fn queued(&self) -> (usize, usize) {
         match self.stream.get() {
             Some(stream) => (stream.available(), stream.unread()),
-            None => (self.inbox.lock().messages.front().map_or(0, |message| message.bytes.len()), 0),
+            None => (
+                self.inbox
+                    .lock()
+                    .messages
+                    .front()
+                    .map_or(0, |message| message.bytes.len()),
+                0,
+            ),
         }
     }
 }

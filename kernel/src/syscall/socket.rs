@@ -31,37 +31,113 @@ pub const CALLS: &[Entry] = &[
         handler: socket,
         limits: "AF_UNIX, AF_INET and AF_INET6 with TCP or UDP, AF_NETLINK with NETLINK_ROUTE; no raw and no packet sockets",
     },
-    Entry { number: linux::__NR_socketpair, name: "socketpair", handler: socketpair, limits: "AF_UNIX only, as in Linux" },
-    Entry { number: linux::__NR_bind, name: "bind", handler: bind, limits: "" },
-    Entry { number: linux::__NR_listen, name: "listen", handler: listen, limits: "" },
-    Entry { number: linux::__NR_accept, name: "accept", handler: accept, limits: "" },
-    Entry { number: linux::__NR_accept4, name: "accept4", handler: accept4, limits: "" },
+    Entry {
+        number: linux::__NR_socketpair,
+        name: "socketpair",
+        handler: socketpair,
+        limits: "AF_UNIX only, as in Linux",
+    },
+    Entry {
+        number: linux::__NR_bind,
+        name: "bind",
+        handler: bind,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_listen,
+        name: "listen",
+        handler: listen,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_accept,
+        name: "accept",
+        handler: accept,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_accept4,
+        name: "accept4",
+        handler: accept4,
+        limits: "",
+    },
     Entry {
         number: linux::__NR_connect,
         name: "connect",
         handler: connect,
         limits: "a TCP connection cannot be dissolved with AF_UNSPEC",
     },
-    Entry { number: linux::__NR_getsockname, name: "getsockname", handler: getsockname, limits: "" },
-    Entry { number: linux::__NR_getpeername, name: "getpeername", handler: getpeername, limits: "" },
-    Entry { number: linux::__NR_sendto, name: "sendto", handler: sendto, limits: NO_URGENT },
-    Entry { number: linux::__NR_recvfrom, name: "recvfrom", handler: recvfrom, limits: NO_URGENT },
-    Entry { number: linux::__NR_sendmsg, name: "sendmsg", handler: sendmsg, limits: NO_URGENT },
-    Entry { number: linux::__NR_recvmsg, name: "recvmsg", handler: recvmsg, limits: NO_URGENT },
-    Entry { number: linux::__NR_sendmmsg, name: "sendmmsg", handler: sendmmsg, limits: NO_URGENT },
+    Entry {
+        number: linux::__NR_getsockname,
+        name: "getsockname",
+        handler: getsockname,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getpeername,
+        name: "getpeername",
+        handler: getpeername,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_sendto,
+        name: "sendto",
+        handler: sendto,
+        limits: NO_URGENT,
+    },
+    Entry {
+        number: linux::__NR_recvfrom,
+        name: "recvfrom",
+        handler: recvfrom,
+        limits: NO_URGENT,
+    },
+    Entry {
+        number: linux::__NR_sendmsg,
+        name: "sendmsg",
+        handler: sendmsg,
+        limits: NO_URGENT,
+    },
+    Entry {
+        number: linux::__NR_recvmsg,
+        name: "recvmsg",
+        handler: recvmsg,
+        limits: NO_URGENT,
+    },
+    Entry {
+        number: linux::__NR_sendmmsg,
+        name: "sendmmsg",
+        handler: sendmmsg,
+        limits: NO_URGENT,
+    },
     Entry {
         number: linux::__NR_recvmmsg,
         name: "recvmmsg",
         handler: recvmmsg,
         limits: "returns after the first wait, as with MSG_WAITFORONE",
     },
-    Entry { number: linux::__NR_shutdown, name: "shutdown", handler: shutdown, limits: "" },
-    Entry { number: linux::__NR_setsockopt, name: "setsockopt", handler: setsockopt, limits: NO_OPTIONS },
-    Entry { number: linux::__NR_getsockopt, name: "getsockopt", handler: getsockopt, limits: NO_OPTIONS },
+    Entry {
+        number: linux::__NR_shutdown,
+        name: "shutdown",
+        handler: shutdown,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_setsockopt,
+        name: "setsockopt",
+        handler: setsockopt,
+        limits: NO_OPTIONS,
+    },
+    Entry {
+        number: linux::__NR_getsockopt,
+        name: "getsockopt",
+        handler: getsockopt,
+        limits: NO_OPTIONS,
+    },
 ];
 
 const NO_URGENT: &str = "no urgent data (MSG_OOB) and no error queue (MSG_ERRQUEUE)";
-const NO_OPTIONS: &str = "no multicast groups, filters, or timestamps; unknown options give ENOPROTOOPT";
+const NO_OPTIONS: &str =
+    "no multicast groups, filters, or timestamps; unknown options give ENOPROTOOPT";
 
 /// Messages of one `sendmmsg` or `recvmmsg` (`UIO_MAXIOV`).
 const MAX_MESSAGES: usize = 1024;
@@ -75,7 +151,11 @@ const MAX_CONTROL: usize = 20 << 10;
 /// The open file of a descriptor that is a socket.
 fn open(call: &Call<'_>) -> Result<Arc<OpenFile>> {
     let file = call.process().file(call.int(0))?;
-    if file.file.as_socket().is_some() { Ok(file) } else { Err(Errno::ENOTSOCK) }
+    if file.file.as_socket().is_some() {
+        Ok(file)
+    } else {
+        Err(Errno::ENOTSOCK)
+    }
 }
 
 /// The socket of an open file that [`open`] gave.
@@ -112,20 +192,33 @@ const KIND: u32 = 0xf;
 fn socket(call: &mut Call<'_>) -> Outcome {
     let kind = call.unsigned(1);
     let (open, close_on_exec) = attempt!(flags(kind & !KIND));
-    let file = attempt!(call.kernel().net().socket(call.int(0), kind & KIND, call.int(2)));
-    call.process().add_file(OpenFile::new(file, open), close_on_exec).into()
+    let file = attempt!(
+        call.kernel()
+            .net()
+            .socket(call.int(0), kind & KIND, call.int(2))
+    );
+    call.process()
+        .add_file(OpenFile::new(file, open), close_on_exec)
+        .into()
 }
 
 fn socketpair(call: &mut Call<'_>) -> Outcome {
     let kind = call.unsigned(1);
     let (open, close_on_exec) = attempt!(flags(kind & !KIND));
     let who = caller(call.thread, false);
-    let (a, b) = attempt!(call.kernel().net().socket_pair(call.int(0), kind & KIND, call.int(2), &who));
+    let (a, b) = attempt!(call.kernel().net().socket_pair(
+        call.int(0),
+        kind & KIND,
+        call.int(2),
+        &who
+    ));
     let process = call.process();
     let first = attempt!(process.add_file(OpenFile::new(a, open), close_on_exec));
-    let result = process.add_file(OpenFile::new(b, open), close_on_exec).and_then(|second| {
-        user::write(call.raw(3), &[first, second]).inspect_err(|_| forget(process, second))
-    });
+    let result = process
+        .add_file(OpenFile::new(b, open), close_on_exec)
+        .and_then(|second| {
+            user::write(call.raw(3), &[first, second]).inspect_err(|_| forget(process, second))
+        });
     if result.is_err() {
         forget(process, first);
     }
@@ -151,7 +244,12 @@ fn read_address(pointer: u64, length: u64) -> Result<Address> {
 }
 
 /// Stores an address for the program: as much as fits, and the length of all of it.
-fn write_address(file: &OpenFile, address: &Address, pointer: u64, length_pointer: u64) -> Result<()> {
+fn write_address(
+    file: &OpenFile,
+    address: &Address,
+    pointer: u64,
+    length_pointer: u64,
+) -> Result<()> {
     let room: i32 = user::read(length_pointer)?;
     let room = usize::try_from(room).map_err(|_| Errno::EINVAL)?;
     let length = store_address(file, address, pointer, room)?;
@@ -161,7 +259,10 @@ fn write_address(file: &OpenFile, address: &Address, pointer: u64, length_pointe
 fn store_address(file: &OpenFile, address: &Address, pointer: u64, room: usize) -> Result<u32> {
     let encoded = address.encode(as_socket(file)?.socket_type().family);
     let bytes = encoded.as_bytes();
-    user::write_bytes(pointer, bytes.get(..bytes.len().min(room)).unwrap_or_default())?;
+    user::write_bytes(
+        pointer,
+        bytes.get(..bytes.len().min(room)).unwrap_or_default(),
+    )?;
     Ok(bytes.len() as u32)
 }
 
@@ -208,7 +309,11 @@ fn bind(call: &mut Call<'_>) -> Outcome {
     }
     let view = path::view(call);
     let created = view.create(&view.working_directory, path, Kind::Socket, 0o777, "", 0);
-    let node = attempt!(created.map_err(|error| if error == Errno::EEXIST { Errno::EADDRINUSE } else { error }));
+    let node = attempt!(created.map_err(|error| if error == Errno::EEXIST {
+        Errno::EADDRINUSE
+    } else {
+        error
+    }));
     let metadata = attempt!(node.metadata());
     who.node = Some((metadata.device, metadata.inode));
     socket.bind(&who, &address).into()
@@ -242,12 +347,18 @@ fn wait_on(
 ) -> Outcome {
     let timeout = file.file.as_socket().map_or(0, |socket| {
         let options = socket.options().lock();
-        if interest.contains(Readiness::WRITABLE) { options.send_timeout } else { options.receive_timeout }
+        if interest.contains(Readiness::WRITABLE) {
+            options.send_timeout
+        } else {
+            options.receive_timeout
+        }
     });
     let file = Arc::clone(&file.file);
     if timeout == 0 {
         return Outcome::wait(Restart::WithFlag, async move {
-            watch::retry(file, interest, attempt).await.map(|count| count as u64)
+            watch::retry(file, interest, attempt)
+                .await
+                .map(|count| count as u64)
         });
     }
     // With a timeout the call is not made again after a signal (signal(7)).
@@ -282,9 +393,17 @@ fn accept_with(call: &mut Call<'_>, raw: u32) -> Outcome {
         if pointer != 0 {
             write_address(&accepted, &peer, pointer, length_pointer)?;
         }
-        process.add_file(accepted, close_on_exec).map(|descriptor| descriptor as usize)
+        process
+            .add_file(accepted, close_on_exec)
+            .map(|descriptor| descriptor as usize)
     };
-    wait_for(call.kernel(), &file, Readiness::READABLE, file.is_non_blocking(), attempt)
+    wait_for(
+        call.kernel(),
+        &file,
+        Readiness::READABLE,
+        file.is_non_blocking(),
+        attempt,
+    )
 }
 
 fn connect(call: &mut Call<'_>) -> Outcome {
@@ -300,7 +419,13 @@ fn connect(call: &mut Call<'_>) -> Outcome {
             match wait_for(call.kernel(), &file, Readiness::WRITABLE, false, finish) {
                 // A timeout of SO_SNDTIMEO leaves the connect going on.
                 Outcome::Wait(future, _) => Outcome::wait(Restart::WithFlag, async move {
-                    future.await.map_err(|error| if error == Errno::EAGAIN { Errno::EINPROGRESS } else { error })
+                    future.await.map_err(|error| {
+                        if error == Errno::EAGAIN {
+                            Errno::EINPROGRESS
+                        } else {
+                            error
+                        }
+                    })
                 }),
                 other => other,
             }
@@ -346,7 +471,12 @@ struct ToSend {
 
 /// Sends now what can be sent; waits for the rest if the socket is blocking.
 fn send(call: &Call<'_>, file: &Arc<OpenFile>, message: ToSend) -> Outcome {
-    let ToSend { mut source, mut outgoing, who, flags } = message;
+    let ToSend {
+        mut source,
+        mut outgoing,
+        who,
+        flags,
+    } = message;
     let non_blocking = file.is_non_blocking() || flags & net::MSG_DONTWAIT != 0;
     let socket = attempt!(as_socket(file));
     let stream = socket.is_stream();
@@ -393,19 +523,39 @@ fn sendto(call: &mut Call<'_>) -> Outcome {
     let file = attempt!(open(call));
     let flags = call.unsigned(3);
     attempt!(check_flags(flags));
-    let range = attempt!(UserRange::new(call.raw(1), call.raw(2).min(MAX_TRANSFER as u64)));
-    let mut outgoing = Outgoing { more: flags & net::MSG_MORE != 0, ..Outgoing::default() };
+    let range = attempt!(UserRange::new(
+        call.raw(1),
+        call.raw(2).min(MAX_TRANSFER as u64)
+    ));
+    let mut outgoing = Outgoing {
+        more: flags & net::MSG_MORE != 0,
+        ..Outgoing::default()
+    };
     let mut who = caller(call.thread, true);
     if call.raw(4) != 0 {
         let to = attempt!(read_address(call.raw(4), call.raw(5)));
         attempt!(resolve(call, &mut who, &to));
         outgoing.to = Some(to);
     }
-    send(call, &file, ToSend { source: Source::user(range), outgoing, who, flags })
+    send(
+        call,
+        &file,
+        ToSend {
+            source: Source::user(range),
+            outgoing,
+            who,
+            flags,
+        },
+    )
 }
 
 /// Ancillary data of a message to send.
-fn read_control(call: &Call<'_>, header: &msghdr, who: &Caller, outgoing: &mut Outgoing) -> Result<()> {
+fn read_control(
+    call: &Call<'_>,
+    header: &msghdr,
+    who: &Caller,
+    outgoing: &mut Outgoing,
+) -> Result<()> {
     let length = header.msg_controllen;
     if length == 0 {
         return Ok(());
@@ -439,7 +589,11 @@ fn read_control(call: &Call<'_>, header: &msghdr, who: &Caller, outgoing: &mut O
             }
             (LEVEL_IP, net::IP_PKTINFO) => {
                 // struct in_pktinfo: interface, source address, (unused) destination.
-                let ip: [u8; 4] = data.get(4..8).and_then(|ip| ip.first_chunk()).copied().ok_or(Errno::EINVAL)?;
+                let ip: [u8; 4] = data
+                    .get(4..8)
+                    .and_then(|ip| ip.first_chunk())
+                    .copied()
+                    .ok_or(Errno::EINVAL)?;
                 outgoing.from = Some(core::net::IpAddr::from(ip)).filter(|ip| !ip.is_unspecified());
             }
             (LEVEL_IPV6, net::IPV6_PKTINFO) => {
@@ -447,7 +601,8 @@ fn read_control(call: &Call<'_>, header: &msghdr, who: &Caller, outgoing: &mut O
                 outgoing.from = Some(core::net::IpAddr::from(ip)).filter(|ip| !ip.is_unspecified());
             }
             // How the packet travels: nothing depends on it.
-            (LEVEL_IP, net::IP_TOS | net::IP_TTL) | (LEVEL_IPV6, net::IPV6_TCLASS | net::IPV6_HOPLIMIT) => {}
+            (LEVEL_IP, net::IP_TOS | net::IP_TTL)
+            | (LEVEL_IPV6, net::IPV6_TCLASS | net::IPV6_HOPLIMIT) => {}
             (level, kind) => {
                 trace::warn!("ancillary data of level {level} and type {kind} is not supported");
                 return Err(Errno::EINVAL);
@@ -462,14 +617,22 @@ fn read_message(call: &Call<'_>, header: &msghdr, flags: u32) -> Result<ToSend> 
     check_flags(flags)?;
     let ranges = user::read_ranges(header.msg_iov as u64, header.msg_iovlen as u64)?;
     let mut who = caller(call.thread, true);
-    let mut outgoing = Outgoing { more: flags & net::MSG_MORE != 0, ..Outgoing::default() };
+    let mut outgoing = Outgoing {
+        more: flags & net::MSG_MORE != 0,
+        ..Outgoing::default()
+    };
     if !header.msg_name.is_null() && header.msg_namelen != 0 {
         let to = read_address(header.msg_name as u64, header.msg_namelen as u64)?;
         resolve(call, &mut who, &to)?;
         outgoing.to = Some(to);
     }
     read_control(call, header, &who, &mut outgoing)?;
-    Ok(ToSend { source: Source::user_vector(&ranges)?, outgoing, who, flags })
+    Ok(ToSend {
+        source: Source::user_vector(&ranges)?,
+        outgoing,
+        who,
+        flags,
+    })
 }
 
 fn sendmsg(call: &mut Call<'_>) -> Outcome {
@@ -485,13 +648,18 @@ fn sendmmsg(call: &mut Call<'_>) -> Outcome {
     let flags = call.unsigned(3);
     for index in 0..count {
         let address = call.raw(1) + (index * size_of::<mmsghdr>()) as u64;
-        let outcome = match user::read::<mmsghdr>(address).and_then(|one| read_message(call, &one.msg_hdr, flags)) {
+        let outcome = match user::read::<mmsghdr>(address)
+            .and_then(|one| read_message(call, &one.msg_hdr, flags))
+        {
             Ok(message) => send(call, &file, message),
             Err(error) => Outcome::fail(error),
         };
         match outcome {
             Outcome::Done(Ok(sent)) => {
-                attempt!(user::write(address + size_of::<msghdr>() as u64, &(sent as u32)));
+                attempt!(user::write(
+                    address + size_of::<msghdr>() as u64,
+                    &(sent as u32)
+                ));
             }
             // What has been sent counts; the error comes again with the next call.
             Outcome::Done(Err(_)) if index > 0 => return Ok(index).into(),
@@ -514,7 +682,10 @@ fn recvfrom(call: &mut Call<'_>) -> Outcome {
     let file = attempt!(open(call));
     let flags = call.unsigned(3);
     attempt!(check_flags(flags));
-    let range = attempt!(UserRange::new(call.raw(1), call.raw(2).min(MAX_TRANSFER as u64)));
+    let range = attempt!(UserRange::new(
+        call.raw(1),
+        call.raw(2).min(MAX_TRANSFER as u64)
+    ));
     let non_blocking = file.is_non_blocking() || flags & net::MSG_DONTWAIT != 0;
     let peek = flags & net::MSG_PEEK != 0;
     let (pointer, length_pointer) = (call.raw(4), call.raw(5));
@@ -531,9 +702,19 @@ fn recvfrom(call: &mut Call<'_>) -> Outcome {
                 None => user::write(length_pointer, &0u32)?,
             }
         }
-        Ok(if flags & net::MSG_TRUNC != 0 { incoming.full_length } else { incoming.count })
+        Ok(if flags & net::MSG_TRUNC != 0 {
+            incoming.full_length
+        } else {
+            incoming.count
+        })
     };
-    wait_for(call.kernel(), &file, Readiness::READABLE, non_blocking, attempt)
+    wait_for(
+        call.kernel(),
+        &file,
+        Readiness::READABLE,
+        non_blocking,
+        attempt,
+    )
 }
 
 /// A reception that may take several steps (`MSG_WAITALL`).
@@ -547,7 +728,11 @@ impl Gathered {
     fn new(file: &OpenFile, flags: u32, wanted: usize) -> Gathered {
         let stream = file.file.as_socket().is_some_and(Socket::is_stream);
         let all = flags & net::MSG_WAITALL != 0 && flags & (net::MSG_PEEK | net::MSG_DONTWAIT) == 0;
-        Gathered { all: all && stream && !file.is_non_blocking(), wanted, done: 0 }
+        Gathered {
+            all: all && stream && !file.is_non_blocking(),
+            wanted,
+            done: 0,
+        }
     }
 
     fn receive(&mut self, file: &OpenFile, sink: &mut Sink<'_>, peek: bool) -> Result<Incoming> {
@@ -566,7 +751,9 @@ impl Gathered {
                         return Ok(incoming);
                     }
                 }
-                Err(error) if error != Errno::EAGAIN && self.done > 0 => return Ok(Incoming::bytes(self.done)),
+                Err(error) if error != Errno::EAGAIN && self.done > 0 => {
+                    return Ok(Incoming::bytes(self.done));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -583,7 +770,8 @@ struct ControlWriter {
 impl ControlWriter {
     /// Bytes that an item's data may have; a header that does not fit is left out.
     fn room_for_data(&self) -> usize {
-        self.room.saturating_sub(self.bytes.len() + size_of::<cmsghdr>())
+        self.room
+            .saturating_sub(self.bytes.len() + size_of::<cmsghdr>())
     }
 
     fn put(&mut self, level: i32, kind: u32, data: &[u8]) {
@@ -593,11 +781,21 @@ impl ControlWriter {
         }
         let length = data.len().min(self.room_for_data());
         self.truncated |= length < data.len();
-        let header =
-            cmsghdr { cmsg_len: (size_of::<cmsghdr>() + length) as _, cmsg_level: level, cmsg_type: kind as i32 };
+        let header = cmsghdr {
+            cmsg_len: (size_of::<cmsghdr>() + length) as _,
+            cmsg_level: level,
+            cmsg_type: kind as i32,
+        };
         self.bytes.extend_from_slice(user::bytes_of(&header));
-        self.bytes.extend_from_slice(data.get(..length).unwrap_or_default());
-        self.bytes.resize(self.bytes.len().next_multiple_of(8).min(self.room.max(self.bytes.len())), 0);
+        self.bytes
+            .extend_from_slice(data.get(..length).unwrap_or_default());
+        self.bytes.resize(
+            self.bytes
+                .len()
+                .next_multiple_of(8)
+                .min(self.room.max(self.bytes.len())),
+            0,
+        );
     }
 }
 
@@ -623,15 +821,30 @@ fn write_message(
             None => 0,
         };
     }
-    let room = if header.msg_control.is_null() { 0 } else { header.msg_controllen };
-    let mut control = ControlWriter { bytes: Vec::new(), room, truncated: false };
+    let room = if header.msg_control.is_null() {
+        0
+    } else {
+        header.msg_controllen
+    };
+    let mut control = ControlWriter {
+        bytes: Vec::new(),
+        room,
+        truncated: false,
+    };
     let options = socket.options().lock();
-    let (pass_credentials, info, info_v6) =
-        (options.pass_credentials, options.packet_info, options.packet_info_v6);
+    let (pass_credentials, info, info_v6) = (
+        options.pass_credentials,
+        options.packet_info,
+        options.packet_info_v6,
+    );
     drop(options);
     if pass_credentials {
         let (pid, uid, gid) = incoming.credentials.unwrap_or((0, 65534, 65534));
-        control.put(SOL_SOCKET, net::SCM_CREDENTIALS, user::bytes_of(&ucred { pid, uid, gid }));
+        control.put(
+            SOL_SOCKET,
+            net::SCM_CREDENTIALS,
+            user::bytes_of(&ucred { pid, uid, gid }),
+        );
     }
     if let Some(ip) = incoming.to {
         match ip {
@@ -682,7 +895,11 @@ fn write_message(
     header.msg_controllen = control.bytes.len() as _;
     header.msg_flags = out_flags;
     user::write(header_address, &header)?;
-    Ok(if flags & net::MSG_TRUNC != 0 { incoming.full_length } else { incoming.count })
+    Ok(if flags & net::MSG_TRUNC != 0 {
+        incoming.full_length
+    } else {
+        incoming.count
+    })
 }
 
 /// Index of the interface that datagrams to an own address come through.
@@ -721,7 +938,13 @@ fn recvmsg(call: &mut Call<'_>) -> Outcome {
     let flags = call.unsigned(2);
     let non_blocking = file.is_non_blocking() || flags & net::MSG_DONTWAIT != 0;
     let attempt = attempt!(receive_attempt(call, &file, call.raw(1), flags));
-    wait_for(call.kernel(), &file, Readiness::READABLE, non_blocking, attempt)
+    wait_for(
+        call.kernel(),
+        &file,
+        Readiness::READABLE,
+        non_blocking,
+        attempt,
+    )
 }
 
 /// `MSG_WAITFORONE`.
@@ -735,7 +958,9 @@ fn recvmmsg(call: &mut Call<'_>) -> Outcome {
     let deadline = match call.raw(4) {
         0 => NEVER,
         pointer => {
-            let limit = attempt!(user::read::<linux::timespec>(pointer).and_then(|t| time::from_timespec(&t)));
+            let limit = attempt!(
+                user::read::<linux::timespec>(pointer).and_then(|t| time::from_timespec(&t))
+            );
             call.kernel().clock.monotonic().saturating_add(limit)
         }
     };
@@ -761,7 +986,9 @@ fn recvmmsg(call: &mut Call<'_>) -> Outcome {
                     Outcome::Wait(future, restart) if deadline != NEVER => {
                         let kernel = Arc::clone(call.kernel());
                         Outcome::wait(restart, async move {
-                            time::timeout(&kernel, deadline, future).await.unwrap_or(Err(Errno::EAGAIN))
+                            time::timeout(&kernel, deadline, future)
+                                .await
+                                .unwrap_or(Err(Errno::EAGAIN))
                         })
                     }
                     other => other,
@@ -790,7 +1017,9 @@ fn setsockopt(call: &mut Call<'_>) -> Outcome {
     let mut value = [0; MAX_OPTION];
     let value = value.get_mut(..length).unwrap_or_default();
     attempt!(UserRange::new(call.raw(3), length as u64).and_then(|range| range.read(value)));
-    attempt!(as_socket(&file)).set_option(call.int(1), call.unsigned(2), value).into()
+    attempt!(as_socket(&file))
+        .set_option(call.int(1), call.unsigned(2), value)
+        .into()
 }
 
 fn getsockopt(call: &mut Call<'_>) -> Outcome {
@@ -802,4 +1031,3 @@ fn getsockopt(call: &mut Call<'_>) -> Outcome {
     attempt!(user::write_bytes(call.raw(3), value));
     user::write(call.raw(4), &(value.len() as u32)).into()
 }
-
