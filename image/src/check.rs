@@ -98,6 +98,9 @@ const FUNCTIONS: &[(&[&str], &str, &str)] = &[
     ),
 ];
 
+/// Calls that every C library tries and does well without.
+const DISPENSABLE: [&str; 1] = ["rseq"];
+
 /// Looks at a source as [`crate::build`] would pack it and says what will not work, the worst first.
 ///
 /// `calls` is the kernel's support table: `None` for numbers that it does not know at all.
@@ -141,6 +144,11 @@ pub fn check(
         .real_path(program)
         .unwrap_or_else(|| program.to_vec());
     let program = String::from_utf8_lossy(&program).into_owned();
+    let shown = match source {
+        Source::Program { path } => path.display().to_string(),
+        _ => packed.manifest.program.clone(),
+    };
+    let mut in_libraries: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     packed.tree.walk(&mut |path, node| {
         let Node::File { content, .. } = node else {
             return Ok(());
@@ -152,8 +160,9 @@ pub fn check(
         let bytes = content.read()?;
         match elf::parse(&bytes) {
             Ok(elf) => {
-                let is_program = path == program;
-                check_file(&path, is_program, &bytes, &elf, calls, &mut findings);
+                let libraries = (path != program).then_some(&mut in_libraries);
+                let path = if path == program { shown.clone() } else { path };
+                check_file(&path, libraries, &bytes, &elf, calls, &mut findings);
             }
             Err(reason) => findings.push(Finding {
                 severity: Severity::Warning,
@@ -164,6 +173,18 @@ pub fn check(
         }
         Ok(())
     })?;
+    if !in_libraries.is_empty() {
+        let list: Vec<String> = in_libraries
+            .iter()
+            .map(|(name, libraries)| format!("{name} ({})", libraries.join(", ")))
+            .collect();
+        findings.push(Finding {
+            severity: Severity::Note,
+            subject: shown,
+            message: format!("its libraries can also call {}", list.join(", ")),
+            remedy: "nothing, unless the program asks them to: a unikernel has one process".into(),
+        });
+    }
     findings.sort();
     findings.dedup();
     Ok(findings)
@@ -171,7 +192,7 @@ pub fn check(
 
 fn check_file(
     path: &str,
-    is_program: bool,
+    mut in_libraries: Option<&mut BTreeMap<&'static str, Vec<String>>>,
     bytes: &[u8],
     elf: &Elf,
     calls: &dyn Fn(u32) -> Option<Call>,
@@ -213,25 +234,26 @@ fn check_file(
     if is_c_library(elf) {
         return;
     }
-    // A library may have it for others; a program most likely for itself.
-    let severity = if is_program {
+    let severity = if in_libraries.is_none() {
         Severity::Warning
     } else {
         Severity::Note
     };
+    let is_imported = |name: &&str| elf.imports.iter().any(|import| import == name);
     for (functions, what, remedy) in FUNCTIONS {
-        let used: Vec<&str> = functions
-            .iter()
-            .copied()
-            .filter(|name| elf.imports.iter().any(|import| import == name))
-            .collect();
-        if !used.is_empty() {
-            let remedy = if is_program {
-                remedy
-            } else {
-                "nothing, unless the program asks it to"
-            };
-            add(severity, format!("{what} ({})", used.join(", ")), remedy);
+        let used: Vec<&str> = functions.iter().copied().filter(is_imported).collect();
+        match &mut in_libraries {
+            // A program most likely has it for itself, a library for some of those who use it.
+            None if !used.is_empty() => {
+                add(severity, format!("{what} ({})", used.join(", ")), remedy);
+            }
+            None => {}
+            Some(libraries) => {
+                let name = path.rsplit('/').next().unwrap_or(path);
+                for function in used {
+                    libraries.entry(function).or_default().push(name.into());
+                }
+            }
         }
     }
     let is_static = elf.interpreter.is_none() && elf.needed.is_empty();
@@ -246,6 +268,9 @@ fn check_file(
             Some(_) => continue,
             None => format!("number {number}"),
         };
+        if DISPENSABLE.contains(&name.as_str()) {
+            continue;
+        }
         lacking
             .entry(number)
             .or_insert_with(|| (name, place(elf, site.address)));

@@ -162,7 +162,7 @@ pub struct Packed {
 pub struct Missing {
     /// Its name.
     pub library: String,
-    /// Who needs it: a path in the image.
+    /// Who needs it: a file of the host, or a path in the image.
     pub needed_by: PathBuf,
     /// Directories looked into.
     pub searched: Vec<String>,
@@ -696,7 +696,9 @@ impl Packing<'_> {
                     }
                     None => missing.push(Missing {
                         library: library.clone(),
-                        needed_by: String::from_utf8_lossy(&object.path).into_owned().into(),
+                        needed_by: object.host.clone().unwrap_or_else(|| {
+                            String::from_utf8_lossy(&object.path).into_owned().into()
+                        }),
                         searched,
                     }),
                 }
