@@ -277,7 +277,14 @@ fn hint_at_ports(manifest: &Manifest, configuration: &InstanceConfiguration) {
 struct Speaker;
 
 impl Observer for Speaker {
-    fn started(&mut self, _: &Instance) {}
+    fn started(&mut self, instance: &Instance) {
+        // Without the host's sockets nobody tells when the program listens: its clients wait until it does.
+        if matches!(instance.configuration.network, NetworkMode::Direct { .. }) {
+            for port in &instance.state.ports {
+                eprintln!("kiln: published {}", address(port));
+            }
+        }
+    }
 
     fn listening(&mut self, ports: &[Publish]) {
         for port in ports {
