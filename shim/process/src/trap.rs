@@ -325,18 +325,25 @@ fn system_call(information: &SignalInformation, context: &mut SignalContext) -> 
     if information.code != SYS_USER_DISPATCH {
         return kernel_fault(context, trap(TrapKind::SystemCall));
     }
+    // `int 0x80` and `sysenter`, which a Linux without support for 32-bit programs refuses like so. (After `sysenter`
+    // the instruction pointer is where Linux thinks the 32-bit vDSO is.)
+    if information.architecture != AUDIT_ARCH_X86_64 {
+        return match place(context.rip) {
+            Place::Program => {
+                context.rip -= INTERRUPT_LENGTH;
+                upcall(context, trap(TrapKind::Protection), true)
+            }
+            _ if VDSO.contains(context.rip as usize) => {
+                upcall(context, trap(TrapKind::Protection), true)
+            }
+            _ => kernel_fault(context, trap(TrapKind::SystemCall)),
+        };
+    }
     if VDSO.contains(context.rip as usize) {
         return vdso_system_call(context);
     }
     match place(context.rip) {
-        Place::Program if information.architecture == AUDIT_ARCH_X86_64 => {
-            upcall(context, trap(TrapKind::SystemCall), true)
-        }
-        // `int 0x80`, which a Linux without support for 32-bit programs refuses like so.
-        Place::Program => {
-            context.rip -= INTERRUPT_LENGTH;
-            upcall(context, trap(TrapKind::Protection), true)
-        }
+        Place::Program => upcall(context, trap(TrapKind::SystemCall), true),
         _ => kernel_fault(context, trap(TrapKind::SystemCall)),
     }
 }
