@@ -1,6 +1,9 @@
 //! The first thing a user does: a site, served by a unikernel.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    process::{Command, Stdio},
+};
 
 use kiln_tests::{EVENT_DEADLINE, Kiln, free_port, get, wait, workspace};
 
@@ -121,4 +124,69 @@ fn images_are_the_same_bytes_each_time() {
         first == fs::read(again).expect("an image"),
         "two builds differ"
     );
+}
+
+#[test]
+fn qemu_boots_an_image_by_hand() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&workspace().join("examples/site"));
+    let port = free_port();
+    // The line of the README, with another port. Nothing of Kiln's is in it but the image.
+    let mut process = Command::new("qemu-system-x86_64")
+        .args([
+            "-M",
+            "microvm,acpi=off,pit=off,pic=off,rtc=on",
+            "-cpu",
+            "max",
+            "-m",
+            "64M",
+            "-no-reboot",
+        ])
+        .args([
+            "-display",
+            "none",
+            "-nodefaults",
+            "-no-user-config",
+            "-serial",
+            "stdio",
+            "-kernel",
+        ])
+        .arg(&image)
+        .args([
+            "-netdev",
+            &format!("user,id=n,hostfwd=tcp:127.0.0.1:{port}-:80"),
+        ])
+        .args(["-device", "virtio-net-device,netdev=n"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("qemu-system-x86_64 is needed: tests/tools/install");
+    let reply = std::panic::catch_unwind(|| get(port, "/about/"));
+    let _ = process.kill();
+    let _ = process.wait();
+    let reply = reply.expect("an answer");
+    let page = fs::read(workspace().join("examples/site/_site/about/index.html")).expect("a page");
+    assert!(reply.body == page, "other bytes");
+}
+
+#[test]
+fn the_engine_is_chosen_and_said() {
+    let kiln = Kiln::new();
+    let port = free_port();
+    let example = workspace().join("examples/site");
+    let outcome = kiln.run([
+        "run",
+        "-d",
+        "--name",
+        "site",
+        "-p",
+        &format!("{port}:80"),
+        example.to_str().expect("the path is text"),
+    ]);
+    assert_eq!(outcome.code(), 0, "{outcome}");
+    assert!(
+        outcome.errors.contains("engine process") || outcome.errors.contains("engine kvm"),
+        "{outcome}"
+    );
+    assert_eq!(get(port, "/").status, 200);
 }
