@@ -13,7 +13,7 @@ use iced_x86::{
     OpAccess, OpKind, Register,
 };
 
-use crate::elf::Elf;
+use crate::elf::{Elf, Segment};
 
 /// Most functions that are looked at.
 const MAX_FUNCTIONS: usize = 1 << 20;
@@ -353,20 +353,36 @@ impl<'a> Code<'a> {
         sites
     }
 
-    /// Every address that a direct jump or call in any function leads to, and every start of a function.
+    /// Every address that a direct jump or call leads to, and every start of a function. What lies between functions
+    /// is decoded too, as well as it goes: an address too many does no harm.
     #[must_use]
     pub fn targets(&self) -> BTreeSet<u64> {
-        let mut targets: BTreeSet<u64> = self.functions.iter().map(|range| range.start).collect();
-        let mut done = 0;
-        for function in &self.functions {
-            // Ranges that overlap others are decoded once.
-            if function.end <= done {
-                continue;
+        let mut targets: Vec<u64> = self.functions.iter().map(|range| range.start).collect();
+        let mut functions = self.functions.iter().peekable();
+        let executable = |segment: &&Segment| segment.is_executable();
+        let mut segments: Vec<&Segment> = self.elf.segments.iter().filter(executable).collect();
+        segments.sort_by_key(|segment| segment.address);
+        for segment in segments {
+            let end = segment.address + segment.file_length;
+            let mut done = segment.address;
+            while done < end {
+                // A function that begins here or has begun before; else what lies before the next one.
+                while functions.next_if(|range| range.end <= done).is_some() {}
+                let stop = match functions.peek() {
+                    Some(range) if range.start <= done => range.end.min(end),
+                    Some(range) => range.start.min(end),
+                    None => end,
+                };
+                let range = Range {
+                    start: done,
+                    end: stop,
+                    landing_pads: false,
+                };
+                targets.extend(self.decode(range).iter().filter_map(target));
+                done = stop;
             }
-            done = done.max(function.end);
-            targets.extend(self.decode(*function).iter().filter_map(target));
         }
-        targets
+        targets.into_iter().collect()
     }
 }
 
