@@ -251,11 +251,16 @@ type Tried = Result<usize>;
 
 /// Tries, and waits if that is what the file wants.
 fn wait_for(
+    thread: &Arc<Thread>,
     file: &Arc<OpenFile>,
     interest: Readiness,
     mut attempt: impl FnMut() -> Tried + Send + Unpin + 'static,
 ) -> Outcome {
     match attempt() {
+        // Sockets have timeouts of their own.
+        Err(Errno::EAGAIN) if !file.is_non_blocking() && file.file.as_socket().is_some() => {
+            super::socket::wait_on(thread.kernel(), file, interest, attempt)
+        }
         Err(Errno::EAGAIN) if !file.is_non_blocking() && file.file.watch_list().is_some() => {
             let file = Arc::clone(&file.file);
             Outcome::wait(Restart::WithFlag, async move {
@@ -287,7 +292,7 @@ fn read(call: &mut Call<'_>) -> Outcome {
     match file.read(&mut Sink::user(range)) {
         Err(Errno::EAGAIN) => {
             let again = Arc::clone(&file);
-            wait_for(&file, Readiness::READABLE, move || {
+            wait_for(call.thread, &file, Readiness::READABLE, move || {
                 again.read(&mut Sink::user(range))
             })
         }
@@ -298,18 +303,18 @@ fn read(call: &mut Call<'_>) -> Outcome {
 fn readv(call: &mut Call<'_>) -> Outcome {
     let file = attempt!(call.process().file(call.int(0)));
     let ranges = attempt!(user::read_ranges(call.raw(1), call.raw(2)));
-    read_ranges(&file, ranges)
+    read_ranges(call.thread, &file, ranges)
 }
 
-fn read_ranges(file: &Arc<OpenFile>, ranges: Vec<UserRange>) -> Outcome {
+fn read_ranges(thread: &Arc<Thread>, file: &Arc<OpenFile>, ranges: Vec<UserRange>) -> Outcome {
     let again = Arc::clone(file);
-    wait_for(file, Readiness::READABLE, move || {
+    wait_for(thread, file, Readiness::READABLE, move || {
         again.read(&mut Sink::user_vector(&ranges)?)
     })
 }
 
 /// Whether a signal is about to take the thread out of its call.
-fn is_interrupted(thread: &Thread) -> bool {
+pub(super) fn is_interrupted(thread: &Thread) -> bool {
     let mask = thread.signals.lock().mask();
     signal::pending(thread).0 & !mask.0 != 0
 }
@@ -322,7 +327,8 @@ fn write_source(
     mut source: Source<'static>,
     mut done: usize,
 ) -> Outcome {
-    let (thread, again) = (Arc::clone(thread), Arc::clone(file));
+    let (waiting, again) = (thread, Arc::clone(file));
+    let thread = Arc::clone(thread);
     let whole = !file.file.is_seekable() && !file.is_non_blocking();
     let attempt = move || loop {
         match again.write(&mut source) {
@@ -345,7 +351,7 @@ fn write_source(
             }
         }
     };
-    wait_for(file, Readiness::WRITABLE, attempt)
+    wait_for(waiting, file, Readiness::WRITABLE, attempt)
 }
 
 fn write(call: &mut Call<'_>) -> Outcome {
@@ -591,7 +597,7 @@ fn sendfile(call: &mut Call<'_>) -> Outcome {
         }
         Ok(done)
     };
-    wait_for(&to, Readiness::WRITABLE, attempt)
+    wait_for(call.thread, &to, Readiness::WRITABLE, attempt)
 }
 
 fn copy_file_range(call: &mut Call<'_>) -> Outcome {

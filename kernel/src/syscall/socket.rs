@@ -7,7 +7,11 @@ use linux_raw_sys::{
     net::{self, cmsghdr, mmsghdr, msghdr, ucred},
 };
 
-use super::{Call, Entry, Outcome, Restart, file::attempt, path};
+use super::{
+    Call, Entry, Outcome, Restart,
+    file::{attempt, is_interrupted},
+    path,
+};
 use crate::{
     Errno, Kernel, Result,
     file::{OpenFile, OpenFlags, Readiness, Sink, Source, io::MAX_TRANSFER, watch},
@@ -339,7 +343,8 @@ fn wait_for(
     }
 }
 
-fn wait_on(
+/// Waits for a socket, at most for its timeout.
+pub(super) fn wait_on(
     kernel: &Arc<Kernel>,
     file: &Arc<OpenFile>,
     interest: Readiness,
@@ -507,6 +512,8 @@ fn send(call: &Call<'_>, file: &Arc<OpenFile>, message: ToSend) -> Outcome {
                     return Ok(done);
                 }
             }
+            // What has been sent must be told: a call that a signal takes back would be made again as a whole.
+            Err(Errno::EAGAIN) if done > 0 && is_interrupted(&thread) => return Ok(done),
             Err(Errno::EAGAIN) => return Err(Errno::EAGAIN),
             Err(error) => {
                 if error == Errno::EPIPE && !quiet {
