@@ -59,23 +59,12 @@ struct State {
     /// Bytes in the queue, each datagram counted with some bookkeeping, as Linux does.
     queued: usize,
     external: Option<Arc<dyn Datagrams>>,
-    /// Clients on the host's own loopback that wrote here lately. Their addresses are loopback addresses here too, but
-    /// answers go back where the questions came from.
-    host_clients: VecDeque<SocketAddr>,
     read_closed: bool,
     write_closed: bool,
 }
 
 /// What a datagram takes of the receiver's buffer beside its bytes.
 const OVERHEAD: usize = 256;
-
-/// How many clients on the host's loopback one socket remembers.
-const HOST_CLIENTS: usize = 1024;
-
-/// An address without the mapping of IPv4 into IPv6.
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
-}
 
 /// A UDP socket.
 pub struct UdpSocket {
@@ -173,25 +162,6 @@ impl UdpSocket {
         Ok(external)
     }
 
-    fn is_host_client(&self, address: SocketAddr) -> bool {
-        let state = self.state.lock();
-        !state.host_clients.is_empty() && state.host_clients.contains(&canonical(address))
-    }
-
-    fn remember_host_client(&self, address: SocketAddr) {
-        let address = canonical(address);
-        if !address.ip().is_loopback() {
-            return;
-        }
-        let clients = &mut self.state.lock().host_clients;
-        if !clients.contains(&address) {
-            if clients.len() >= HOST_CLIENTS {
-                clients.pop_front();
-            }
-            clients.push_back(address);
-        }
-    }
-
     fn error_or<T>(&self, otherwise: impl FnOnce() -> Result<T>) -> Result<T> {
         match self.error.lock().take() {
             Some(error) => Err(error),
@@ -231,7 +201,7 @@ impl UdpSocket {
             to.set_ip(loopback_like(to.ip()));
         }
         self.error_or(|| Ok(()))?;
-        if !self.shared.is_own(to.ip()) || self.is_host_client(to) {
+        if !self.shared.is_own(to.ip()) {
             if let IpAddr::V4(ip) = to.ip()
                 && ip.is_broadcast()
                 && !self.options.lock().broadcast
@@ -482,7 +452,6 @@ impl Socket for UdpSocket {
         if let Some(external) = external {
             match external.receive(sink, peek, peer) {
                 Ok(received) => {
-                    self.remember_host_client(received.from);
                     return Ok(Incoming {
                         count: received.count,
                         full_length: received.full_length,
