@@ -32,6 +32,8 @@ const VALID: Duration = Duration::from_secs(1);
 /// Bytes of FUSE's request and reply headers.
 const REQUEST_HEADER: usize = 40;
 const REPLY_HEADER: usize = 16;
+/// Bytes of data in one `WRITE`: what fits into a frame of the link beside the headers, and into fuse-backend-rs' limit.
+const MAX_WRITE_BYTES: u32 = 1 << 20;
 
 /// FUSE's operation numbers (`linux/fuse.h`).
 mod operation {
@@ -161,7 +163,12 @@ impl VolumeServer {
         }
         let silent = matches!(code, operation::FORGET | operation::BATCH_FORGET);
         match self.serve(request) {
-            Ok(Some(reply)) => Some(reply),
+            Ok(Some(mut reply)) => {
+                if code == operation::INIT {
+                    allow_large_writes(&mut reply);
+                }
+                Some(reply)
+            }
             _ if silent => None,
             Ok(None) => Some(failure(unique, errno::IO)),
             Err(_) => Some(failure(unique, errno::INVAL)),
@@ -191,6 +198,22 @@ impl VolumeServer {
             self.reply.read_exact_at(place, 0)?;
         }
         Ok(Some(bytes))
+    }
+}
+
+/// Corrects the answer to `INIT`: the passthrough says one page for a write, as it never asks for `FUSE_BIG_WRITES`; the
+/// server takes as much as for a read.
+fn allow_large_writes(reply: &mut [u8]) {
+    /// `FUSE_BIG_WRITES`.
+    const BIG_WRITES: u32 = 1 << 5;
+    /// Offsets in `struct fuse_init_out` after both headers.
+    const FLAGS: usize = HEADER + REPLY_HEADER + 12;
+    const MAX_WRITE: usize = HEADER + REPLY_HEADER + 20;
+    let Some(flags) = word(reply, FLAGS) else { return };
+    for (offset, value) in [(FLAGS, flags | BIG_WRITES), (MAX_WRITE, MAX_WRITE_BYTES)] {
+        if let Some(place) = reply.get_mut(offset..offset + 4) {
+            place.copy_from_slice(&value.to_le_bytes());
+        }
     }
 }
 
