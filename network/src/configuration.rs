@@ -14,6 +14,10 @@ use crate::Publish;
 /// and small enough for two of them in the buffers of a small guest.
 pub const LOCAL_MTU: u16 = 32768;
 
+/// The best MTU for a virtual machine's network card: each frame costs the emulation far more than its bytes, and a
+/// buffer for one still fits a page.
+pub const MACHINE_MTU: u16 = 4000;
+
 /// Finds the addresses of an instance by its name (lower case, without a final dot): None when no instance has it.
 pub type Lookup = Arc<dyn Fn(&str) -> Option<Vec<IpAddr>> + Send + Sync>;
 

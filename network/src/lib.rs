@@ -30,7 +30,7 @@ mod splice;
 #[cfg(test)]
 mod tests;
 
-pub use configuration::{FrameEnd, LOCAL_MTU, Lookup, NetworkConfiguration};
+pub use configuration::{FrameEnd, LOCAL_MTU, Lookup, MACHINE_MTU, NetworkConfiguration};
 pub use dhcp::answer as answer_dhcp;
 pub use dns::{Question, Reply, answer as answer_dns, parse_question};
 pub use error::NetworkError;
