@@ -10,10 +10,7 @@
 //!
 //! Not here: compression, extended attributes, device files, reading.
 
-use std::{
-    fs::File,
-    io::{Read, Write},
-};
+use std::io::Write;
 
 use crate::{
     Error, Result,
@@ -381,24 +378,7 @@ impl Output<'_> {
     }
 
     fn content(&mut self, content: &Content) -> Result<()> {
-        let (path, length) = match content {
-            Content::Bytes(bytes) => return self.put(bytes),
-            Content::Host { path, length } => (path, *length),
-        };
-        let mut file = File::open(path).map_err(Error::io("read", path))?;
-        let mut buffer = vec![0; length.min(1 << 18) as usize + 1];
-        let mut left = length;
-        loop {
-            let count = file.read(&mut buffer).map_err(Error::io("read", path))?;
-            if count == 0 && left == 0 {
-                return Ok(());
-            }
-            if count == 0 || count as u64 > left {
-                return Err(Error::Changed { path: path.clone() });
-            }
-            left -= count as u64;
-            self.put(buffer.get(..count).unwrap_or_default())?;
-        }
+        content.stream(&mut |bytes| self.put(bytes))
     }
 }
 
@@ -469,7 +449,7 @@ fn crc32c(bytes: &[u8]) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, path::PathBuf, process::Command};
+    use std::{collections::BTreeMap, io::Read, path::PathBuf, process::Command};
 
     use super::*;
 

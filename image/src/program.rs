@@ -436,17 +436,24 @@ impl Packing<'_> {
     fn record_directory(&mut self, path: &str) -> Result<()> {
         let mut hash = Sha256::new();
         let mut add = |path: &[u8], node: &Node| {
-            let (kind, bytes, mode) = match node {
-                Node::Directory(directory) => (b'd', Default::default(), directory.metadata.mode),
-                Node::File { content, metadata } => (b'f', content.read()?, metadata.mode),
-                Node::Link { target } => (b'l', target.as_slice().into(), 0o777),
+            let (kind, length, mode) = match node {
+                Node::Directory(directory) => (b'd', 0, directory.metadata.mode),
+                Node::File { content, metadata } => (b'f', content.length(), metadata.mode),
+                Node::Link { target } => (b'l', target.len() as u64, 0o777),
             };
             hash.update([kind]);
             hash.update(mode.to_le_bytes());
             hash.update((path.len() as u64).to_le_bytes());
             hash.update(path);
-            hash.update((bytes.len() as u64).to_le_bytes());
-            hash.update(&bytes);
+            hash.update(length.to_le_bytes());
+            match node {
+                Node::Directory(_) => {}
+                Node::File { content, .. } => content.stream(&mut |bytes| {
+                    hash.update(bytes);
+                    Ok(())
+                })?,
+                Node::Link { target } => hash.update(target),
+            }
             Ok(())
         };
         match self.packer.tree.get_following(path) {

@@ -25,6 +25,8 @@ use crate::{Error, Result};
 pub const FIRST_PERSON: u32 = 1000;
 /// Links followed before a loop is assumed, as in Linux.
 const MAX_LINKS: usize = 40;
+/// Bytes that are read at once.
+const PIECE: u64 = 1 << 18;
 /// Deepest directories.
 const MAX_DEPTH: usize = 256;
 
@@ -67,6 +69,34 @@ impl Content {
                 }
                 Ok(bytes.into())
             }
+        }
+    }
+
+    /// Hands all bytes over, piece by piece, so that large files never lie in memory.
+    ///
+    /// # Errors
+    ///
+    /// The host's file cannot be read or has changed its length; those of `take`.
+    pub fn stream(&self, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        use std::io::Read;
+        let (path, length) = match self {
+            Self::Bytes(bytes) => return take(bytes),
+            Self::Host { path, length } => (path, *length),
+        };
+        let mut file = fs::File::open(path).map_err(Error::io("read", path))?;
+        // A byte more than the file should have: so that a longer one is noticed.
+        let mut buffer = vec![0; length.min(PIECE) as usize + 1];
+        let mut left = length;
+        loop {
+            let count = file.read(&mut buffer).map_err(Error::io("read", path))?;
+            if count == 0 && left == 0 {
+                return Ok(());
+            }
+            if count == 0 || count as u64 > left {
+                return Err(Error::Changed { path: path.clone() });
+            }
+            left -= count as u64;
+            take(buffer.get(..count).unwrap_or_default())?;
         }
     }
 
