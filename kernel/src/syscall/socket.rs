@@ -1,6 +1,7 @@
 //! System calls on sockets.
 
 use alloc::{sync::Arc, vec::Vec};
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 use linux_raw_sys::{
     general as linux,
@@ -503,10 +504,13 @@ fn send(call: &Call<'_>, file: &Arc<OpenFile>, message: ToSend) -> Outcome {
         }
     }
     let (thread, again) = (Arc::clone(call.thread), Arc::clone(file));
+    let progress = Arc::new(AtomicUsize::new(done));
+    let told = Arc::clone(&progress);
     let attempt = move || loop {
         match as_socket(&again)?.send(&who, &mut source, &mut outgoing) {
             Ok(count) => {
                 done += count;
+                progress.store(done, Ordering::Relaxed);
                 outgoing.files.clear();
                 if source.remaining() == 0 || count == 0 || !stream {
                     return Ok(done);
@@ -523,7 +527,16 @@ fn send(call: &Call<'_>, file: &Arc<OpenFile>, message: ToSend) -> Outcome {
             }
         }
     };
-    wait_for(call.kernel(), file, Readiness::WRITABLE, false, attempt)
+    match wait_for(call.kernel(), file, Readiness::WRITABLE, false, attempt) {
+        // A timeout does not take back what was sent either.
+        Outcome::Wait(future, restart) => Outcome::wait(restart, async move {
+            match (future.await, told.load(Ordering::Relaxed)) {
+                (Err(Errno::EAGAIN), sent @ 1..) => Ok(sent as u64),
+                (result, _) => result,
+            }
+        }),
+        other => other,
+    }
 }
 
 fn sendto(call: &mut Call<'_>) -> Outcome {
