@@ -18,7 +18,7 @@ use alloc::{
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use kiln_abi::{
-    configuration::{Network, RunConfiguration},
+    configuration::{Network, RunConfiguration, Volume},
     link::FIRST_VOLUME,
 };
 
@@ -41,6 +41,7 @@ use crate::{
     },
     host::Host,
     link::Link,
+    trace,
 };
 
 /// Host name when nobody says one.
@@ -209,23 +210,36 @@ pub fn start(kernel: &Arc<Kernel>) -> Result<Location> {
     )?;
     tree.write_network_files(&kernel.configuration)?;
     for (index, volume) in kernel.configuration.volumes.iter().enumerate() {
-        let link = Arc::clone(kernel.link.get().ok_or(Errno::ENODEV)?);
-        let index = u32::try_from(index).map_err(|_| Errno::EINVAL)?;
-        let transport = VolumeTransport {
-            link,
-            channel: FIRST_VOLUME + index,
-        };
-        let device = device_number(0, 40 + index);
-        let root = Fuse::mount(
-            Box::new(transport),
-            Arc::clone(&clock),
-            device,
-            volume.read_only,
-        )?;
-        tree.mount(&volume.path, "fuse", "volume", volume.read_only, root)?;
+        mount_volume(kernel, &tree, &clock, index, volume).inspect_err(|error| {
+            trace::error!("the volume at {} cannot be mounted: {error}", volume.path);
+        })?;
     }
     kernel.files.call_once(|| tree);
     Ok(root)
+}
+
+fn mount_volume(
+    kernel: &Kernel,
+    tree: &FileTree,
+    clock: &Arc<dyn Clock>,
+    index: usize,
+    volume: &Volume,
+) -> Result<()> {
+    let link = Arc::clone(kernel.link.get().ok_or(Errno::ENODEV)?);
+    let index = u32::try_from(index).map_err(|_| Errno::EINVAL)?;
+    let transport = VolumeTransport {
+        link,
+        channel: FIRST_VOLUME + index,
+    };
+    let device = device_number(0, 40 + index);
+    let root = Fuse::mount(
+        Box::new(transport),
+        Arc::clone(clock),
+        device,
+        volume.read_only,
+    )?;
+    tree.mount(&volume.path, "fuse", "volume", volume.read_only, root)
+        .map(drop)
 }
 
 /// Hands over input from the monitor; empty is the end.

@@ -939,7 +939,7 @@ impl View {
         let truncate =
             flags.contains(OpenFlags::TRUNCATE) && metadata.kind == Kind::Regular && !created;
         let file = Arc::clone(inode).open(flags)?;
-        if truncate && metadata.size > 0 {
+        if truncate {
             inode.change(&MetadataChange {
                 size: Some(0),
                 ..MetadataChange::default()
