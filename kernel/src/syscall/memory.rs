@@ -115,6 +115,13 @@ fn try_mmap(call: &Call<'_>) -> Result<usize> {
         return Err(Errno::EACCES);
     }
     let inode = Arc::clone(file.file.inode().ok_or(Errno::ENODEV)?);
+    if shared && status.writable() {
+        match inode.prepare_shared(offset, length as u64) {
+            // Where sharing is not offered, mapping decides whether this mapping needs it.
+            Ok(()) | Err(Errno::ENODEV) => {}
+            Err(error) => return Err(error),
+        }
+    }
     let path = Arc::from(file.path.as_deref().unwrap_or(""));
     let file = AreaFile { inode, path, offset };
     process.memory.lock().map_file(placement, length, protection, flags, file)
