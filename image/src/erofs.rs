@@ -434,17 +434,48 @@ pub fn write(tree: &Tree, latest: Option<i64>, output: &mut dyn Write) -> Result
     Ok(output.position)
 }
 
-/// CRC-32C (polynomial 0x1EDC6F41, reflected), begun with all ones and not inverted at the end, as EROFS wants it.
+/// CRC-32C of each byte value (polynomial 0x1EDC6F41, reflected).
+const CHECKSUMS: [u32; 256] = {
+    let mut table = [0; 256];
+    let mut byte = 0;
+    while byte < table.len() {
+        let mut value = byte as u32;
+        let mut bit = 0;
+        while bit < 8 {
+            value = if value & 1 == 1 {
+                (value >> 1) ^ 0x82F6_3B78
+            } else {
+                value >> 1
+            };
+            bit += 1;
+        }
+        table[byte] = value;
+        byte += 1;
+    }
+    table
+};
+
+/// CRC-32C, begun with all ones and not inverted at the end, as EROFS wants it.
 fn crc32c(bytes: &[u8]) -> u32 {
     bytes.iter().fold(!0, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
-            if crc & 1 == 1 {
-                (crc >> 1) ^ 0x82F6_3B78
-            } else {
-                crc >> 1
-            }
-        })
+        let index = (crc as u8 ^ byte) as usize;
+        (crc >> 8) ^ CHECKSUMS.get(index).copied().unwrap_or(0)
     })
+}
+
+/// Whether the first block of a file system has a superblock that fits its checksum.
+#[must_use]
+pub fn is_intact(block: &[u8]) -> bool {
+    let mut block = block.to_vec();
+    let Some(superblock) = block.get_mut(SUPERBLOCK_OFFSET..BLOCK as usize) else {
+        return false;
+    };
+    let found = superblock.get(4..8).map(<[u8]>::to_vec);
+    if let Some(field) = superblock.get_mut(4..8) {
+        field.fill(0);
+    }
+    superblock.starts_with(&MAGIC.to_le_bytes())
+        && found.as_deref() == Some(&crc32c(superblock).to_le_bytes())
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use object::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::{Error, Result};
+use crate::{Error, Result, erofs};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Largest manifest in bytes.
@@ -47,8 +47,6 @@ const PROGRAM_HEADER_SIZE: u64 = 56;
 const SECTION_HEADER_SIZE: u64 = 64;
 /// `XEN_ELFNOTE_PHYS32_ENTRY` (Xen's `elfnote.h`).
 const PVH_NOTE_TYPE: u32 = 18;
-/// Little-endian `EROFS_SUPER_MAGIC_V1`, 1024 bytes into the root.
-const EROFS_MAGIC: [u8; 4] = 0xE0F5_E1E2u32.to_le_bytes();
 
 /// The freestanding programs that go into an image.
 #[derive(Clone, Copy, Debug)]
@@ -706,11 +704,11 @@ impl Reader<'_> {
                 return Err(format!("has a damaged {what}"));
             }
         }
-        let superblock = Extent {
-            offset: root.offset + 1024,
-            length: 4,
+        let first_block = Extent {
+            length: PAGE,
+            ..root
         };
-        if root.length < PAGE || self.read(superblock, "the root")? != EROFS_MAGIC {
+        if root.length < PAGE || !erofs::is_intact(&self.read(first_block, "the root")?) {
             return Err("has a damaged root file system".into());
         }
         let manifest = self.read(manifest_extent, "the manifest")?;
@@ -966,7 +964,15 @@ pub(crate) mod tests {
     fn headers_that_contradict_each_other_are_refused() {
         let good = sample("contradict");
         // The kernel's length in the directory; its physical address; the root's magic; the shim's.
-        for at in [4096 + 16, 4096 + 8, 4096, 2 * 4096] {
+        let root = good.len().next_multiple_of(4096) - 2 * 4096;
+        for at in [
+            4096 + 16,
+            4096 + 8,
+            4096,
+            2 * 4096,
+            root + 1024,
+            root + 1100,
+        ] {
             let mut bytes = good.clone();
             bytes[at] ^= 0x10;
             assert!(opened("contradict", &bytes).is_err(), "{at}");

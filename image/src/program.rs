@@ -352,8 +352,12 @@ impl Packing<'_> {
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
         let unusable = |reason: String| Error::Program {
             path: path.into(),
+            remedy: if reason.contains("cut off") || reason.contains("damaged") {
+                "copy, download or build it again".into()
+            } else {
+                "give a program built for x86-64 Linux".into()
+            },
             reason,
-            remedy: "give a program built for x86-64 Linux".into(),
         };
         let elf = elf::parse(&bytes).map_err(unusable)?;
         if !elf.is_program() {
