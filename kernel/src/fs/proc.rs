@@ -97,6 +97,11 @@ fn setting(value: u64) -> Arc<dyn Inode> {
 /// The root directory.
 #[must_use]
 pub fn root(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
+    let kernel = Arc::clone(kernel);
+    TextDirectory::later(ORIGIN, move || make_root(&kernel))
+}
+
+fn make_root(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
     let main = process_directory(kernel);
     let entries: Entries = vec![
         ("self", TextLink::inode(ORIGIN, || Ok(String::from("1")))),
@@ -150,7 +155,10 @@ pub fn root(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
             "devices",
             fixed("Character devices:\n  1 mem\n  5 /dev/tty\n\nBlock devices:\n"),
         ),
-        ("sys", settings(kernel)),
+        ("sys", {
+            let kernel = Arc::clone(kernel);
+            TextDirectory::later(ORIGIN, move || settings(&kernel))
+        }),
     ];
     TextDirectory::inode(ORIGIN, entries)
 }

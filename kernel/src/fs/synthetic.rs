@@ -219,6 +219,33 @@ pub trait Names: Send + Sync {
     fn list(&self) -> Vec<(String, Kind)>;
 }
 
+/// Stands for a directory until somebody looks into it.
+struct Later<F> {
+    make: F,
+    made: spin::Once<Arc<dyn Inode>>,
+}
+
+impl<F: Fn() -> Arc<dyn Inode> + Send + Sync> Later<F> {
+    fn directory(&self) -> &Arc<dyn Inode> {
+        self.made.call_once(|| (self.make)())
+    }
+}
+
+impl<F: Fn() -> Arc<dyn Inode> + Send + Sync> Names for Later<F> {
+    fn lookup(&self, name: &str) -> Result<Arc<dyn Inode>> {
+        self.directory().lookup(name)
+    }
+
+    fn list(&self) -> Vec<(String, Kind)> {
+        let entries = self.directory().entries(0, usize::MAX);
+        entries
+            .unwrap_or_default()
+            .into_iter()
+            .map(|entry| (entry.name, entry.kind))
+            .collect()
+    }
+}
+
 /// A directory.
 pub struct TextDirectory {
     origin: Origin,
@@ -237,6 +264,22 @@ impl TextDirectory {
             fixed,
             dynamic: None,
         })
+    }
+
+    /// A directory that is made when it is first looked into: a program looks into few, and each start counts.
+    #[must_use]
+    pub fn later(
+        origin: Origin,
+        make: impl Fn() -> Arc<dyn Inode> + Send + Sync + 'static,
+    ) -> Arc<dyn Inode> {
+        TextDirectory::with_names(
+            origin,
+            Vec::new(),
+            Later {
+                make,
+                made: spin::Once::new(),
+            },
+        )
     }
 
     /// A directory of known files and of others.
@@ -418,13 +461,20 @@ mod tests {
 
     #[test]
     fn directories_list_what_they_have() {
-        let directory = TextDirectory::inode(
-            ORIGIN,
-            alloc::vec![
-                ("one", TextFile::fixed(ORIGIN, "1")),
-                ("two", TextFile::fixed(ORIGIN, "2"))
-            ],
-        );
+        let make = || {
+            TextDirectory::inode(
+                ORIGIN,
+                alloc::vec![
+                    ("one", TextFile::fixed(ORIGIN, "1")),
+                    ("two", TextFile::fixed(ORIGIN, "2"))
+                ],
+            )
+        };
+        check_listing(&make());
+        check_listing(&TextDirectory::later(ORIGIN, make));
+    }
+
+    fn check_listing(directory: &Arc<dyn Inode>) {
         let first = directory.entries(0, 1).unwrap();
         assert_eq!(first[0].name, "one");
         let second = directory.entries(first[0].next, 10).unwrap();

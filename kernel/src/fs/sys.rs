@@ -29,6 +29,10 @@ fn text(text: &'static str) -> Arc<dyn Inode> {
 /// The root directory.
 #[must_use]
 pub fn root(_: &Arc<Kernel>) -> Arc<dyn Inode> {
+    TextDirectory::later(ORIGIN, make_root)
+}
+
+fn make_root() -> Arc<dyn Inode> {
     let cpu = || {
         directory(vec![
             ("online", text("0\n")),
