@@ -89,7 +89,8 @@ fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, 
     kernel.root.call_once(|| root);
     let device = crate::driver::network(&kernel, boot)?;
     let network = kernel.configuration.network.clone();
-    kernel.net.call_once(|| Net::new(host, &kernel.events, link.as_ref(), &network, device));
+    let memory = kernel.memory_limit;
+    kernel.net.call_once(|| Net::new(host, &kernel.events, link.as_ref(), &network, memory, device));
     start_program(&kernel)?;
     if let Some(link) = &link {
         link.set_receiver(Arc::new(Messages(Arc::clone(&kernel))));

@@ -57,7 +57,7 @@ use super::{
     local::{Pending, Scope, Tables},
     option::Options,
     socket::Stream,
-    tcp::TcpSocket,
+    tcp::{MAX_BACKLOG, TcpSocket},
 };
 
 /// The address that the program sees as its own, as behind any translating gateway.
@@ -984,6 +984,14 @@ impl Network for HostNetwork {
                     // The program stopped listening meanwhile; closing the descriptor tells the client.
                     return;
                 };
+                if listener.lengths().0 >= MAX_BACKLOG {
+                    // A program that accepts nothing does not get all descriptors of the instance filled.
+                    trace::debug!(
+                        "net: port {} has {MAX_BACKLOG} connections that wait; one more is closed",
+                        local.port()
+                    );
+                    return;
+                }
                 let watch = Arc::new(WatchList::new());
                 let stream = self.stream(descriptor, Arc::clone(&watch));
                 let pending = Pending {

@@ -172,13 +172,15 @@ pub struct Net {
 
 impl Net {
     /// The network as configured: loopback and Unix sockets always; `link` serves `--net socket`, `device` the kernel's
-    /// own TCP/IP (when there is none, addresses other than the machine's own are unreachable).
+    /// own TCP/IP (when there is none, addresses other than the machine's own are unreachable). `memory_limit` is the
+    /// instance's, in bytes: buffers are sized by it.
     #[must_use]
     pub fn new(
         host: Host,
         events: &Arc<Events>,
         link: Option<&Arc<Link>>,
         configuration: &NetworkConfiguration,
+        memory_limit: u64,
         device: Option<Box<dyn FrameDevice>>,
     ) -> Net {
         let mut seed = [0; 2];
@@ -202,6 +204,7 @@ impl Net {
                     events,
                     &tables,
                     configuration,
+                    memory_limit,
                     device,
                 ))
             }

@@ -47,6 +47,14 @@ use super::{
 /// Frames taken from the device before answers are sent.
 const BATCH: usize = 128;
 
+/// One part in so many of the instance's memory is what the buffers of connections aim at.
+const BUFFER_SHARE: u64 = 8;
+/// Bounds of that, in bytes.
+const MIN_BUDGET: usize = 1 << 20;
+const MAX_BUDGET: usize = 64 << 20;
+/// So many connections may have the largest buffers.
+const CONNECTIONS_AT_FULL_SIZE: usize = 32;
+
 /// MTU of Ethernet.
 const ETHERNET_MTU: u16 = 1500;
 
@@ -198,13 +206,15 @@ impl FrameSink for DeviceSink<'_> {
 }
 
 impl StackNetwork {
-    /// A stack over `device`, configured as the run says. Addresses by DHCP come while the program runs already.
+    /// A stack over `device`, configured as the run says, with buffers that fit `memory_limit` (in bytes). Addresses by
+    /// DHCP come while the program runs already.
     #[must_use]
     pub fn new(
         host: Host,
         events: &Arc<Events>,
         tables: &Arc<Tables>,
         configuration: &NetworkConfiguration,
+        memory_limit: u64,
         device: Box<dyn FrameDevice>,
     ) -> Arc<StackNetwork> {
         let mut seed = [0; 8];
@@ -213,7 +223,12 @@ impl StackNetwork {
             seed = host.monotonic().to_ne_bytes();
         }
         let source = device.source();
+        let budget = usize::try_from(memory_limit / BUFFER_SHARE)
+            .unwrap_or(usize::MAX)
+            .clamp(MIN_BUDGET, MAX_BUDGET);
         let mut stack = Stack::new(&Configuration {
+            buffer_budget: budget,
+            buffer_maximum: (budget / CONNECTIONS_AT_FULL_SIZE).clamp(16 << 10, 256 << 10),
             mac: device.mac(),
             mtu: device.mtu(),
             checksums: Checksums::Software,
