@@ -7,13 +7,18 @@ use alloc::{boxed::Box, string::String, vec::Vec};
 use kiln_abi::host::{Event, MmioDevice};
 use virtio_drivers::transport::{Transport, mmio::MmioTransport};
 
-use super::{Features, Ring, memory::Buffer, open};
+use super::{
+    Features, Ring,
+    memory::{self, Buffer},
+    open,
+};
 use crate::net::FrameDevice;
 
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
-/// Buffers in each ring.
+/// Buffers in each ring: the most, and the fewest that are any good.
 const BUFFERS: usize = 64;
+const FEWEST_BUFFERS: usize = 8;
 /// Bytes before each frame (`struct virtio_net_hdr`): what the offloads would need. The legacy interface has two fewer.
 const HEADER: usize = 12;
 const LEGACY_HEADER: usize = 10;
@@ -77,8 +82,13 @@ impl Card {
         let transmit = Ring::new(&mut transport, TRANSMIT)?;
         transport.finish_init();
         let length = (HEADER + ETHERNET + mtu).next_multiple_of(64);
+        // Half of what is left for each way, in a small machine.
+        let count = BUFFERS.min(memory::left() / 2 / length);
+        if count < FEWEST_BUFFERS {
+            return Err("too little memory for the network card's buffers".into());
+        }
         let buffers = || {
-            (0..BUFFERS)
+            (0..count)
                 .map(|_| Buffer::new(length))
                 .collect::<Option<Vec<_>>>()
                 .ok_or_else(|| String::from("too little memory for the network card's buffers"))
@@ -101,7 +111,7 @@ impl Card {
             transmit,
             to_send: buffers()?,
             lengths: [0; BUFFERS],
-            free: (0..BUFFERS as u16).rev().collect(),
+            free: (0..count as u16).rev().collect(),
             reserved: None,
             transmit_interrupts: true,
         });
