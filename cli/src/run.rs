@@ -37,7 +37,7 @@ use crate::text;
 
 /// Smallest memory of an instance in bytes: the kernel's own needs.
 const SMALLEST_MEMORY: u64 = 4 << 20;
-/// What a virtual machine needs beside the image, which lies in its memory.
+/// What a virtual machine needs beside the image, for whose memory the engine sees to.
 const MACHINE_MEMORY: u64 = 8 << 20;
 
 /// `kiln run`.
@@ -74,7 +74,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     if arguments.memory.is_none() {
         configuration.memory = manifest.memory.max(SMALLEST_MEMORY);
     }
-    check_memory(&configuration, &choice, image.length())?;
+    check_memory(&configuration, &choice)?;
     if arguments.engine.is_none() {
         eprintln!("kiln: engine {} ({})", choice.engine.name(), choice.reason);
     }
@@ -222,15 +222,11 @@ fn network(arguments: &RunArguments, choice: &Choice) -> Result<NetworkMode, Fai
     }
 }
 
-fn check_memory(
-    configuration: &InstanceConfiguration,
-    choice: &Choice,
-    image: u64,
-) -> Result<(), Failure> {
+fn check_memory(configuration: &InstanceConfiguration, choice: &Choice) -> Result<(), Failure> {
     let (needed, why) = if choice.machine {
         (
-            image + MACHINE_MEMORY,
-            "the image lies in the virtual machine's memory",
+            MACHINE_MEMORY,
+            "a virtual machine needs some for its tables and devices",
         )
     } else {
         (SMALLEST_MEMORY, "the kernel needs that much itself")

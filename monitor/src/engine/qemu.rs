@@ -96,7 +96,7 @@ impl Engine for QemuEngine {
         let arguments = arguments(
             &launch.image_path,
             &configuration,
-            launch.memory,
+            launch.memory.saturating_add(image_memory(&launch.pieces)),
             &numbers,
             acceleration(),
         );
@@ -193,6 +193,14 @@ struct Numbers {
     mac: [u8; 6],
 }
 
+/// Bytes of the machine's memory that the image takes: they come on top of the instance's own, so that it has as much for itself as
+/// on other engines. The first MiB of a machine is half devices, the next begins with the shim.
+fn image_memory(pieces: &super::Pieces) -> u64 {
+    [pieces.kernel, pieces.manifest, pieces.root]
+        .iter()
+        .fold(1 << 20, |sum: u64, piece| sum.saturating_add(piece.length))
+}
+
 /// QEMU's arguments.
 fn arguments(
     image: &Path,
@@ -251,7 +259,8 @@ fn arguments(
         let netdev = format!("stream,id=net,server=off,addr.type=fd,addr.str={frames}");
         arguments.extend(["-netdev".into(), netdev.into()]);
         let device = format!(
-            "virtio-net-device,netdev=net,mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}"
+            "virtio-net-device,netdev=net,mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x},host_mtu={}",
+            kiln_network::MACHINE_MTU
         );
         arguments.extend(["-device".into(), device.into()]);
     }
