@@ -193,6 +193,6 @@ int main(void) {
     SHOW(type);
     CALL(getsockopt(pair[0], SOL_SOCKET, SO_DOMAIN, &type, &size));
     SHOW(type);
-    CALL(socket(AF_UNIX, SOCK_RAW, 5));
+    CALL(socket(AF_UNIX, SOCK_STREAM, 5));
     return finish();
 }
