@@ -268,9 +268,11 @@ impl<'a> Monitor<'a> {
                 let (ours, theirs) =
                     UnixStream::pair().map_err(Error::io("make the frame stream"))?;
                 let mut plan = direct::plan(mac, addresses, gateways, configuration)?;
-                if engine.name() == PROCESS {
-                    plan.mtu = kiln_network::LOCAL_MTU;
-                }
+                plan.mtu = if engine.name() == PROCESS {
+                    kiln_network::LOCAL_MTU
+                } else {
+                    kiln_network::MACHINE_MTU
+                };
                 let started = direct::start(&plan, ours, &mut ports)?;
                 // A process learns all from its configuration; a machine asks, as it does without Kiln.
                 let network = if engine.name() == PROCESS || !addresses.is_empty() {
