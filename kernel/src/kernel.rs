@@ -127,12 +127,14 @@ impl Kernel {
         self.net.get().expect("boot makes the network before anything uses it")
     }
 
-    /// Makes sure that a program which makes no system calls is interrupted in time. One host call for each tick, none
-    /// for each system call, and no tick while nothing runs.
+    /// Makes sure that a program which makes no system calls is interrupted in time: for the next timer, or after a
+    /// tick. One host call for each, none for each system call, and nothing while nothing runs.
     #[inline]
     pub fn arm_tick(&self) {
-        if self.tick.load(Ordering::Relaxed) == 0 {
-            let deadline = self.clock.monotonic() + TICK;
+        let armed = self.tick.load(Ordering::Relaxed);
+        let due = self.timers.next_deadline();
+        if armed == 0 || due < armed {
+            let deadline = due.min(self.clock.monotonic() + TICK);
             self.tick.store(deadline, Ordering::Relaxed);
             self.host.set_timer(deadline);
         }
@@ -192,6 +194,7 @@ impl Kernel {
         // Closing the files ends connections in order and gives what is buffered to the host.
         let files = core::mem::take(&mut *process.files.lock());
         drop(files);
+        crate::fs::finish(self);
         if let Some(net) = self.net.get() {
             net.poll(self.clock.monotonic());
         }

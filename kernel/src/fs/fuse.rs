@@ -6,12 +6,16 @@
 //! What is kept: attributes and names for as long as the server says; and, while a file is read in order, some bytes
 //! ahead. Writes go through at once, so `fsync` has only the server's disk to wait for.
 //!
-//! What is not offered: shared writable mappings (`ENODEV`); private ones are copies.
+//! Shared mappings: the pages of a file that are mapped lie in the pool (`SharedPages`), where reads and writes of the
+//! instance see them. What the program changed there goes to the server with `msync`, `fsync`, `sync`, when the file is
+//! closed and at the instance's end, by the page. Changes by the host to such pages are not seen. Private mappings are
+//! copies.
 //!
 //! Nothing here trusts the server: a short or senseless reply is `EIO`.
 
 use alloc::{
     boxed::Box,
+    collections::BTreeMap,
     string::{String, ToString},
     sync::{Arc, Weak},
     vec::Vec,
@@ -22,11 +26,12 @@ use core::{
 };
 
 use hashbrown::HashMap;
+use kiln_abi::host::PAGE_SIZE;
 use linux_raw_sys::general as linux;
 
 use super::{
-    Clock, Creation, DirectoryEntry, FileSystemStatistics, Inode, Kind, Metadata, MetadataChange,
-    Timestamp, vfs::NAME_MAX,
+    Clock, Creation, DirectoryEntry, FileSystemStatistics, Inode, Kind, MapSource, Metadata,
+    MetadataChange, Timestamp, pool::Pool, tmpfs::content::Content, vfs::NAME_MAX,
 };
 use crate::{
     Errno, Result,
@@ -78,6 +83,7 @@ mod operation {
     pub const RENAME2: u32 = 45;
 }
 
+const PAGE: u64 = PAGE_SIZE as u64;
 const MAJOR: u32 = 7;
 const MINOR: u32 = 33;
 /// `FUSE_BIG_WRITES`, `FUSE_DO_READDIRPLUS`, `FUSE_MAX_PAGES`.
@@ -233,6 +239,10 @@ pub struct Fuse {
     nodes: Mutex<HashMap<u64, Weak<FuseNode>>>,
     /// Open files, for those who want everything on the disk.
     open: Mutex<Vec<Weak<FuseFile>>>,
+    /// Where shared pages lie.
+    pool: Arc<Pool>,
+    /// Nodes that have shared pages.
+    shared: Mutex<Vec<Weak<FuseNode>>>,
 }
 
 impl Fuse {
@@ -243,6 +253,7 @@ impl Fuse {
     pub fn mount(
         transport: Box<dyn Transport>,
         clock: Arc<dyn Clock>,
+        pool: Arc<Pool>,
         device: u64,
         read_only: bool,
     ) -> Result<Arc<dyn Inode>> {
@@ -255,6 +266,8 @@ impl Fuse {
             max_write: 4096,
             nodes: Mutex::new(HashMap::new()),
             open: Mutex::new(Vec::new()),
+            pool,
+            shared: Mutex::new(Vec::new()),
         };
         let body = Body::default()
             .word(MAJOR)
@@ -327,7 +340,9 @@ impl Fuse {
             *node.attributes.lock() = (metadata, expires);
             return node;
         }
-        let node = Arc::new(FuseNode {
+        let node = Arc::new_cyclic(|this| FuseNode {
+            this: Weak::clone(this),
+            shared: Mutex::new(None),
             fuse: Arc::clone(self),
             number,
             kind: metadata.kind,
@@ -380,8 +395,95 @@ fn parse_attributes(reply: &[u8], device: u64) -> Result<(Metadata, u64)> {
     Ok((parser.attributes(device)?, valid))
 }
 
+/// Pages of a file that are mapped shared.
+struct SharedPages {
+    content: Content,
+    /// Pages that are there, with a digest of what the server has of each.
+    digests: BTreeMap<u64, u64>,
+}
+
+/// FNV-1a by words: to notice that a page has changed.
+fn digest(bytes: &[u8]) -> u64 {
+    let mut digest = 0xcbf2_9ce4_8422_2325u64;
+    for chunk in bytes.chunks(8) {
+        let mut word = [0; 8];
+        if let Some(start) = word.get_mut(..chunk.len()) {
+            start.copy_from_slice(chunk);
+        }
+        digest = (digest ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3);
+        digest ^= digest >> 29;
+    }
+    digest
+}
+
+impl SharedPages {
+    fn new(pool: &Arc<Pool>) -> Result<SharedPages> {
+        let mut content = Content::new(pool);
+        // The file's own length is with its attributes; no page lies beyond this one.
+        content.resize(i64::MAX as u64)?;
+        Ok(SharedPages {
+            content,
+            digests: BTreeMap::new(),
+        })
+    }
+
+    fn page(&self, index: u64) -> Result<Vec<u8>> {
+        let mut bytes = alloc::vec![0; PAGE_SIZE];
+        self.content
+            .read(index * PAGE, &mut Sink::kernel(&mut bytes))?;
+        Ok(bytes)
+    }
+
+    /// The part of `bytes`, which lie at `position`, that page `index` covers.
+    fn part(index: u64, position: u64, length: usize) -> Option<(u64, core::ops::Range<usize>)> {
+        let start = (index * PAGE).max(position);
+        let end = ((index + 1) * PAGE).min(position.saturating_add(length as u64));
+        (start < end).then(|| {
+            (
+                start,
+                (start - position) as usize..(end - position) as usize,
+            )
+        })
+    }
+
+    fn indexes(&self, position: u64, length: usize) -> Vec<u64> {
+        let end = position.saturating_add(length as u64).div_ceil(PAGE);
+        self.digests
+            .range(position / PAGE..end)
+            .map(|(&index, _)| index)
+            .collect()
+    }
+
+    /// Puts what the program's mappings show over bytes that the server gave.
+    fn show(&self, position: u64, bytes: &mut [u8]) -> Result<()> {
+        for index in self.indexes(position, bytes.len()) {
+            if let Some((at, range)) = Self::part(index, position, bytes.len())
+                && let Some(part) = bytes.get_mut(range)
+            {
+                self.content.read(at, &mut Sink::kernel(part))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts bytes that the server has got into the pages that are there.
+    fn take_over(&mut self, position: u64, bytes: &[u8]) -> Result<()> {
+        for index in self.indexes(position, bytes.len()) {
+            if let Some((at, range)) = Self::part(index, position, bytes.len())
+                && let Some(part) = bytes.get(range)
+            {
+                self.content.write(at, &mut Source::kernel(part))?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A file of a volume.
 pub struct FuseNode {
+    this: Weak<FuseNode>,
+    /// Pages that are or were mapped shared.
+    shared: Mutex<Option<SharedPages>>,
     fuse: Arc<Fuse>,
     number: u64,
     kind: Kind,
@@ -537,7 +639,10 @@ impl FuseNode {
             let wanted = sink.remaining().min(MAX_DATA);
             let step = self
                 .read_handle(handle, position + done as u64, wanted)
-                .and_then(|bytes| {
+                .and_then(|mut bytes| {
+                    if let Some(shared) = &*self.shared.lock() {
+                        shared.show(position + done as u64, &mut bytes)?;
+                    }
                     let count = sink.put(&bytes)?;
                     Ok((count, bytes.len()))
                 });
@@ -579,6 +684,9 @@ impl FuseNode {
                     .fuse
                     .request(operation::WRITE, self.number, &body, &data)?;
                 let written = (Parser(&reply).word()? as usize).min(data.len());
+                if let Some(shared) = &mut *self.shared.lock() {
+                    shared.take_over(at, data.get(..written).unwrap_or_default())?;
+                }
                 Ok((written, data.len()))
             });
             match step {
@@ -617,7 +725,96 @@ impl FuseNode {
         Ok(())
     }
 
+    /// Takes the pages of a range into the pool.
+    fn share(&self, handle: u64, position: u64, length: u64) -> Result<()> {
+        let size = self.metadata()?.size;
+        let end = position.saturating_add(length).min(size).div_ceil(PAGE);
+        let missing: Vec<u64> = {
+            let mut shared = self.shared.lock();
+            if shared.is_none() {
+                *shared = Some(SharedPages::new(&self.fuse.pool)?);
+                self.fuse.shared.lock().push(Weak::clone(&self.this));
+            }
+            let shared = shared.as_ref().ok_or(Errno::EIO)?;
+            (position / PAGE..end)
+                .filter(|index| !shared.digests.contains_key(index))
+                .collect()
+        };
+        for index in missing {
+            let mut bytes = self.read_handle(handle, index * PAGE, PAGE_SIZE)?;
+            bytes.resize(PAGE_SIZE, 0);
+            let mut shared = self.shared.lock();
+            let shared = shared.as_mut().ok_or(Errno::EIO)?;
+            shared.content.prepare_shared(index * PAGE, PAGE)?;
+            shared
+                .content
+                .write(index * PAGE, &mut Source::kernel(&bytes))?;
+            shared.digests.insert(index, digest(&bytes));
+        }
+        Ok(())
+    }
+
+    /// Gives the server what the program changed in shared pages.
+    fn write_back(&self) -> Result<()> {
+        let changed: Vec<(u64, Vec<u8>, u64)> = {
+            let shared = self.shared.lock();
+            let Some(shared) = &*shared else {
+                return Ok(());
+            };
+            let mut changed = Vec::new();
+            for (&index, &known) in &shared.digests {
+                let bytes = shared.page(index)?;
+                let now = digest(&bytes);
+                if now != known {
+                    changed.push((index, bytes, now));
+                }
+            }
+            changed
+        };
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let size = self.metadata()?.size;
+        self.with_handle(OpenFlags::WRITE_ONLY, |handle| {
+            for (index, bytes, now) in changed {
+                let start = index * PAGE;
+                let length = size.saturating_sub(start).min(PAGE) as usize;
+                let data = bytes.get(..length).unwrap_or_default();
+                let body = Body::default()
+                    .long(handle)
+                    .long(start)
+                    .word(length as u32)
+                    .word(0)
+                    .long(0)
+                    .word(0)
+                    .word(0);
+                if length > 0 {
+                    self.fuse
+                        .request(operation::WRITE, self.number, &body, data)?;
+                }
+                if let Some(shared) = &mut *self.shared.lock() {
+                    shared.digests.insert(index, now);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// As [`FuseNode::write_back`], for all files of the volume that this is the root of.
+    ///
+    /// # Errors
+    /// The first that a file ran into.
+    pub fn write_back_all(&self) -> Result<()> {
+        let nodes: Vec<Arc<FuseNode>> = {
+            let mut nodes = self.fuse.shared.lock();
+            nodes.retain(|node| node.strong_count() > 0);
+            nodes.iter().filter_map(Weak::upgrade).collect()
+        };
+        nodes.iter().try_for_each(|node| node.write_back())
+    }
+
     fn synchronize_with(&self, handle: u64, data_only: bool) -> Result<()> {
+        self.write_back()?;
         let body = Body::default()
             .long(handle)
             .word(u32::from(data_only))
@@ -628,6 +825,8 @@ impl FuseNode {
 
 impl Drop for FuseNode {
     fn drop(&mut self) {
+        // Nobody is there to hear of an error any more.
+        let _ = self.write_back();
         if let Some(handle) = self.created.get_mut().take() {
             self.release_handle(operation::RELEASE, handle, OpenFlags::READ_WRITE);
         }
@@ -721,6 +920,9 @@ impl Inode for FuseNode {
             .word(0);
         let reply = self.call(operation::SETATTR, &body)?;
         self.changes.fetch_add(1, Ordering::Relaxed);
+        if let (Some(size), Some(shared)) = (change.size, &mut *self.shared.lock()) {
+            shared.content.punch(size, i64::MAX as u64 - size)?;
+        }
         let (metadata, valid) = parse_attributes(&reply, self.fuse.device)?;
         *self.attributes.lock() = (metadata, self.fuse.now().saturating_add(valid));
         Ok(())
@@ -946,8 +1148,28 @@ impl Inode for FuseNode {
         })
     }
 
+    fn map_source(&self, position: u64) -> Result<Option<(MapSource, u64)>> {
+        if self.kind != Kind::Regular {
+            return Err(Errno::ENODEV);
+        }
+        match &mut *self.shared.lock() {
+            Some(shared) => shared.content.map_source(position),
+            None => Ok(None),
+        }
+    }
+
+    fn prepare_shared(&self, position: u64, length: u64) -> Result<()> {
+        if self.kind != Kind::Regular {
+            return Err(Errno::ENODEV);
+        }
+        self.with_handle(OpenFlags::empty(), |handle| {
+            self.share(handle, position, length)
+        })
+    }
+
     fn synchronize(&self, data_only: bool) -> Result<()> {
         if self.number == ROOT {
+            self.write_back_all()?;
             // sync(2): whatever is open. What was closed before is with the server.
             let open: Vec<Arc<FuseFile>> = self
                 .fuse
@@ -1125,6 +1347,10 @@ impl File for FuseFile {
     }
 
     fn read_at(&self, position: u64, sink: &mut Sink<'_>) -> Result<usize> {
+        if self.node.shared.lock().is_some() {
+            // Mapped pages change without a word: nothing is kept.
+            return self.node.read_into(self.handle, position, sink);
+        }
         let kept = self.take_ahead(position, sink)?;
         if kept > 0 || sink.remaining() == 0 {
             return Ok(kept);
@@ -1173,6 +1399,7 @@ impl File for FuseFile {
         if !self.flags.writable() {
             return Ok(());
         }
+        self.node.write_back()?;
         let body = Body::default().long(self.handle).word(0).word(0).long(0);
         match self.node.call(operation::FLUSH, &body) {
             // Not every server has it.
@@ -1377,7 +1604,14 @@ mod tests {
     fn reads_and_writes_through_the_server() {
         let server = Server::default();
         let log = Arc::clone(&server.log);
-        let root = Fuse::mount(Box::new(server), Arc::new(Fixed), 30, false).unwrap();
+        let root = Fuse::mount(
+            Box::new(server),
+            Arc::new(Fixed),
+            crate::fs::pool::tests::pool(64),
+            30,
+            false,
+        )
+        .unwrap();
         assert_eq!(root.lookup("missing").err(), Some(Errno::ENOENT));
         let inode = root.lookup("f").unwrap();
         let file = Arc::clone(&inode).open(OpenFlags::READ_WRITE).unwrap();
@@ -1417,8 +1651,65 @@ mod tests {
     }
 
     #[test]
+    fn shared_pages_are_one_with_the_file_and_go_back_to_the_server() {
+        let server = Server::default();
+        *server.contents.lock() = alloc::vec![1; 5000];
+        let log = Arc::clone(&server.log);
+        let pool = crate::fs::pool::tests::pool(64);
+        let root = Fuse::mount(
+            Box::new(server),
+            Arc::new(Fixed),
+            Arc::clone(&pool),
+            30,
+            false,
+        )
+        .unwrap();
+        let inode = root.lookup("f").unwrap();
+        let file = Arc::clone(&inode).open(OpenFlags::READ_WRITE).unwrap();
+        assert_eq!(inode.map_source(0).unwrap(), None);
+        inode.prepare_shared(0, 1 << 20).unwrap();
+        assert_eq!(pool.used(), 2);
+        let Some((MapSource::Pool(_), 8192)) = inode.map_source(0).unwrap() else {
+            panic!("not in the pool")
+        };
+        file.write_at(4090, &mut Source::kernel(&[2; 10])).unwrap();
+        let mut bytes = [0; 12];
+        file.read_at(4089, &mut Sink::kernel(&mut bytes)).unwrap();
+        assert_eq!(bytes, [1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]);
+        // What the program does through its mapping.
+        let node = inode.as_any().downcast_ref::<FuseNode>().unwrap();
+        let store = |at: u64, byte: u8| {
+            let mut shared = node.shared.lock();
+            let content = &mut shared.as_mut().unwrap().content;
+            content.write(at, &mut Source::kernel(&[byte])).unwrap();
+        };
+        store(4999, 7);
+        store(6000, 8);
+        file.read_at(4999, &mut Sink::kernel(&mut bytes[..1]))
+            .unwrap();
+        assert_eq!(bytes[0], 7);
+        log.lock().clear();
+        inode.synchronize(true).unwrap();
+        assert!(log.lock().contains(&operation::WRITE));
+        assert_eq!(inode.metadata().unwrap().size, 5000);
+        log.lock().clear();
+        inode.synchronize(true).unwrap();
+        assert!(!log.lock().contains(&operation::WRITE));
+        drop((file, inode));
+        drop(root);
+        assert_eq!(pool.used(), 0);
+    }
+
+    #[test]
     fn read_only_volumes_refuse_changes() {
-        let root = Fuse::mount(Box::new(Server::default()), Arc::new(Fixed), 30, true).unwrap();
+        let root = Fuse::mount(
+            Box::new(Server::default()),
+            Arc::new(Fixed),
+            crate::fs::pool::tests::pool(64),
+            30,
+            true,
+        )
+        .unwrap();
         let inode = root.lookup("f").unwrap();
         assert_eq!(inode.change(&MetadataChange::default()), Err(Errno::EROFS));
         assert_eq!(
@@ -1436,7 +1727,13 @@ mod tests {
                 cut: Some(cut),
                 ..Server::default()
             };
-            if let Ok(root) = Fuse::mount(Box::new(server), Arc::new(Fixed), 30, false) {
+            if let Ok(root) = Fuse::mount(
+                Box::new(server),
+                Arc::new(Fixed),
+                crate::fs::pool::tests::pool(64),
+                30,
+                false,
+            ) {
                 assert!(root.lookup("f").is_err() || cut >= 16 + ENTRY);
                 let _ = root.entries(0, 10);
             }

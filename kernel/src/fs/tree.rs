@@ -25,7 +25,7 @@ use kiln_abi::{
 use super::{
     Clock, Inode, Kind, device_number,
     erofs::Erofs,
-    fuse::{Fuse, Transport},
+    fuse::{Fuse, FuseNode, Transport},
     pool::Pool,
     proc, sys,
     tmpfs::{Devices, Tmpfs, TmpfsParts},
@@ -218,6 +218,20 @@ pub fn start(kernel: &Arc<Kernel>) -> Result<Location> {
     Ok(root)
 }
 
+/// The program has ended: gives volumes what it changed in shared mappings.
+pub fn finish(kernel: &Kernel) {
+    let Some(root) = kernel.root.get() else {
+        return;
+    };
+    for mount in root.mount().all() {
+        if let Some(volume) = mount.root_inode().as_any().downcast_ref::<FuseNode>()
+            && let Err(error) = volume.write_back_all()
+        {
+            trace::error!("changes in {} are lost: {error}", mount.path);
+        }
+    }
+}
+
 fn mount_volume(
     kernel: &Kernel,
     tree: &FileTree,
@@ -235,6 +249,7 @@ fn mount_volume(
     let root = Fuse::mount(
         Box::new(transport),
         Arc::clone(clock),
+        Arc::clone(&tree.pool),
         device,
         volume.read_only,
     )?;
