@@ -119,6 +119,15 @@ pub trait Network: Send + Sync {
         watch: &Arc<WatchList>,
     ) -> Result<Arc<dyn Datagrams>>;
 
+    /// Opens an echo socket ([`super::echo`]) on an address of the wanted family.
+    ///
+    /// # Errors
+    /// `EACCES` where there are none.
+    fn open_echo(&self, bind: SocketAddr, watch: &Arc<WatchList>) -> Result<Arc<dyn Datagrams>> {
+        let _ = (bind, watch);
+        Err(crate::Errno::EACCES)
+    }
+
     /// The interface to other machines, if there is one now.
     fn interface(&self) -> Option<Interface>;
 

@@ -1,6 +1,7 @@
 //! Sockets and the network.
 //!
-//! * [`socket`] is what every socket offers the system calls; [`tcp`], [`udp`], [`unix`] and [`netlink`] implement it.
+//! * [`socket`] is what every socket offers the system calls; [`tcp`], [`udp`], [`echo`], [`unix`] and [`netlink`]
+//!   implement it.
 //! * [`local`] knows ports and listeners, and so connects what stays within the machine; [`stream`] carries it.
 //! * [`backend`] is the trait of ways to other machines; [`host`] (`--net socket`) and [`stack`] (`--net direct`)
 //!   implement it.
@@ -11,6 +12,7 @@
 pub mod address;
 pub mod backend;
 mod device;
+mod echo;
 mod host;
 mod ioctl;
 mod local;
@@ -253,6 +255,10 @@ impl Net {
             }
             (AF_INET | AF_INET6, linux::SOCK_DGRAM, 0 | option::LEVEL_UDP) => {
                 Ok(UdpSocket::new(shared, family))
+            }
+            (AF_INET, linux::SOCK_DGRAM, option::PROTOCOL_ICMP)
+            | (AF_INET6, linux::SOCK_DGRAM, option::PROTOCOL_ICMPV6) => {
+                Ok(echo::EchoSocket::new(shared, family))
             }
             (AF_INET | AF_INET6, linux::SOCK_STREAM | linux::SOCK_DGRAM, _) => {
                 trace::warn!(

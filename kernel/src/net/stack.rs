@@ -586,6 +586,23 @@ impl Network for StackNetwork {
         }))
     }
 
+    fn open_echo(&self, bind: SocketAddr, watch: &Arc<WatchList>) -> Result<Arc<dyn Datagrams>> {
+        self.touch();
+        let mut inner = self.inner.lock();
+        let id = inner.stack.datagram_open(DatagramKind::Echo);
+        let result = inner
+            .stack
+            .datagram_set_only_v6(id, true)
+            .and_then(|()| inner.stack.datagram_bind(id, bind));
+        if let Err(error) = result {
+            inner.stack.close(id);
+            return Err(errno(error));
+        }
+        inner.set_target(id, Target::Watch(Arc::clone(watch)));
+        let network = self.this.clone();
+        Ok(Arc::new(StackDatagrams { network, id }))
+    }
+
     fn interface(&self) -> Option<Interface> {
         let inner = self.inner.lock();
         Some(Interface {

@@ -487,3 +487,35 @@ fn families_and_kinds_that_are_not_there_are_refused() {
         );
     }
 }
+
+#[test]
+fn the_machine_answers_its_own_echo_requests() {
+    let net = machine();
+    for (family, protocol, to, request, reply) in [
+        (address::AF_INET, 1, "127.0.0.1:0", 8, 0),
+        (address::AF_INET6, 58, "[::1]:0", 128, 129),
+    ] {
+        let file = net
+            .socket(i32::from(family), linux::SOCK_DGRAM, protocol)
+            .unwrap();
+        assert_eq!(receive(&file), Err(Errno::EAGAIN));
+        let message = [request, 0, 0, 0, 9, 9, 0, 1, b'h', b'i'];
+        let mut to = Outgoing {
+            to: Some(inet(to)),
+            ..Outgoing::default()
+        };
+        assert_eq!(
+            of(&file).send(&CALLER, &mut Source::kernel(&message), &mut to),
+            Ok(10)
+        );
+        let answer = receive(&file).unwrap();
+        let identifier = port(&of(&file).local_address()).port();
+        assert_eq!(answer[0], reply);
+        assert_eq!(answer[4..6], identifier.to_be_bytes());
+        assert_eq!(answer[6..], [0, 1, b'h', b'i']);
+        assert_eq!(
+            of(&file).send(&CALLER, &mut Source::kernel(&[0; 8]), &mut to),
+            Err(Errno::EINVAL)
+        );
+    }
+}

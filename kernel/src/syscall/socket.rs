@@ -34,7 +34,7 @@ pub const CALLS: &[Entry] = &[
         number: linux::__NR_socket,
         name: "socket",
         handler: socket,
-        limits: "AF_UNIX, AF_INET and AF_INET6 with TCP or UDP, AF_NETLINK with NETLINK_ROUTE; no raw and no packet sockets",
+        limits: "AF_UNIX, AF_INET and AF_INET6 with TCP, UDP or ICMP echo (not with --net socket), AF_NETLINK with NETLINK_ROUTE; no raw and no packet sockets",
     },
     Entry {
         number: linux::__NR_socketpair,
