@@ -518,6 +518,14 @@ impl Gateway {
                 destination: SocketAddr::from(([255, 255, 255, 255], 68)),
                 data,
             });
+            // The guest's network is coming up: what was asked before may be lost.
+            let soon = Instant::now() + KNOCK_FIRST;
+            for port in &mut self.ports {
+                if let Some((_, until)) = &mut port.asked {
+                    *until = soon.min(*until);
+                    port.silence = Some(SILENCE_FIRST);
+                }
+            }
         }
     }
 
@@ -631,7 +639,7 @@ impl Gateway {
                 && now >= until
             {
                 let silence = port.silence.unwrap_or(SILENCE_FIRST);
-                port.silence = Some((silence * 3 / 2).min(SILENCE_LONGEST));
+                port.silence = Some((silence * 9 / 8).min(SILENCE_LONGEST));
                 port.asked = None;
                 self.knock_later(place);
             }
