@@ -40,7 +40,10 @@ pub fn header(channel: u32, length: u32) -> [u8; HEADER] {
 #[must_use]
 pub fn parse_header(bytes: [u8; HEADER]) -> (u32, u32) {
     let [a, b, c, d, e, f, g, h] = bytes;
-    (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]))
+    (
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    )
 }
 
 /// From the kernel to the monitor.

@@ -26,5 +26,7 @@ pub fn start(boot: &BootInformation) -> Result<(), ()> {
         return Err(());
     }
     // SAFETY: the range was just mapped for this, and nobody else knows of it.
-    unsafe { HEAP.lock().claim(base as *mut u8, length) }.map(drop).ok_or(())
+    unsafe { HEAP.lock().claim(base as *mut u8, length) }
+        .map(drop)
+        .ok_or(())
 }

@@ -4,10 +4,7 @@ use alloc::{string::String, sync::Arc};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kiln_abi::{
-    configuration::RunConfiguration,
-    host::Engine,
-    link::ToMonitor,
-    manifest::Manifest,
+    configuration::RunConfiguration, host::Engine, link::ToMonitor, manifest::Manifest,
 };
 use spin::Once;
 
@@ -115,7 +112,10 @@ impl Kernel {
     /// The name of the machine.
     #[must_use]
     pub fn hostname(&self) -> String {
-        self.configuration.hostname.clone().unwrap_or_else(|| String::from("kiln"))
+        self.configuration
+            .hostname
+            .clone()
+            .unwrap_or_else(|| String::from("kiln"))
     }
 
     /// The sockets.
@@ -124,7 +124,9 @@ impl Kernel {
     /// Before boot has made them: a kernel bug.
     #[must_use]
     pub fn net(&self) -> &Net {
-        self.net.get().expect("boot makes the network before anything uses it")
+        self.net
+            .get()
+            .expect("boot makes the network before anything uses it")
     }
 
     /// Makes sure that a program which makes no system calls is interrupted in time: for the next timer, or after a
@@ -163,7 +165,11 @@ impl Kernel {
         self.events_requested.store(false, Ordering::Relaxed);
         self.cpu.clear_pending();
         let now = self.clock.monotonic();
-        let network_deadline = self.net.get().and_then(|net| net.poll(now)).unwrap_or(NEVER);
+        let network_deadline = self
+            .net
+            .get()
+            .and_then(|net| net.poll(now))
+            .unwrap_or(NEVER);
         self.timers.expire(now);
         let deadline = if self.executor.has_ready() {
             0

@@ -46,17 +46,22 @@ pub struct Relocation {
 const DT_NULL: i64 = 0;
 const DT_RELA: i64 = 7;
 const DT_RELASZ: i64 = 8;
+const DT_RELRSZ: i64 = 35;
+const DT_RELR: i64 = 36;
 const R_X86_64_RELATIVE: u64 = 8;
 
 /// Applies the image's relative relocations. Runs before they are applied, so it uses nothing that needs one.
 pub unsafe extern "sysv64" fn relocate(base: u64, mut dynamic: *const Dynamic) {
     let (mut table, mut length) = (0, 0);
+    let (mut packed, mut packed_length) = (0, 0);
     // SAFETY: the linker made the section and ended it with DT_NULL; its relocations lie in the image's data.
     unsafe {
         while (*dynamic).tag != DT_NULL {
             match (*dynamic).tag {
                 DT_RELA => table = (*dynamic).value,
                 DT_RELASZ => length = (*dynamic).value,
+                DT_RELR => packed = (*dynamic).value,
+                DT_RELRSZ => packed_length = (*dynamic).value,
                 _ => {}
             }
             dynamic = dynamic.add(1);
@@ -69,6 +74,31 @@ pub unsafe extern "sysv64" fn relocate(base: u64, mut dynamic: *const Dynamic) {
                 place.write_unaligned(base.wrapping_add((*relocation).addend));
             }
             relocation = relocation.add(1);
+        }
+        // Packed ones (System V ABI, DT_RELR): an even word is an address, an odd one a map of the 63 words that follow
+        // the last address.
+        let mut word = (base + packed) as *const u64;
+        let end = (base + packed + packed_length) as *const u64;
+        let mut place = core::ptr::null_mut::<u64>();
+        while word < end {
+            let entry = *word;
+            if entry & 1 == 0 {
+                place = (base + entry) as *mut u64;
+                *place = base.wrapping_add(*place);
+                place = place.add(1);
+            } else {
+                let mut bits = entry >> 1;
+                let mut target = place;
+                while bits != 0 {
+                    if bits & 1 != 0 {
+                        *target = base.wrapping_add(*target);
+                    }
+                    bits >>= 1;
+                    target = target.wrapping_add(1);
+                }
+                place = place.wrapping_add(63);
+            }
+            word = word.add(1);
         }
     }
 }
@@ -266,7 +296,9 @@ fn panic(information: &PanicInfo<'_>) -> ! {
     let Some(boot) = boot() else { loop {} };
     let mut frame: u64;
     // SAFETY: reads a register.
-    unsafe { core::arch::asm!("mov {}, rbp", out(reg) frame, options(nomem, nostack, preserves_flags)) };
+    unsafe {
+        core::arch::asm!("mov {}, rbp", out(reg) frame, options(nomem, nostack, preserves_flags))
+    };
     let inside = |range: MemoryRange, address: u64| {
         address >= range.start as u64 && address - (range.start as u64) < range.length as u64
     };
@@ -276,14 +308,19 @@ fn panic(information: &PanicInfo<'_>) -> ! {
         }
         // SAFETY: frame pointers of the kernel's own stack; the chain ends with zero, and is left when an address does
         // not lie in the kernel's text.
-        let (next, address) = unsafe { ((frame as *const u64).read(), (frame as *const u64).add(1).read()) };
+        let (next, address) = unsafe {
+            (
+                (frame as *const u64).read(),
+                (frame as *const u64).add(1).read(),
+            )
+        };
         if !inside(boot.kernel_text, address) {
             break;
         }
         let offset = address - boot.kernel.start as u64;
         match kiln_kernel::boot::symbols::kernel_symbol(boot.kernel_file, offset) {
             Some((name, distance)) => {
-                let _ = writeln!(console, "  #{depth} {offset:#x} {name:#}+{distance:#x}");
+                let _ = writeln!(console, "  #{depth} {offset:#x} {name}+{distance:#x}");
             }
             None => {
                 let _ = writeln!(console, "  #{depth} {offset:#x}");

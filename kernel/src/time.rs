@@ -6,7 +6,7 @@ use alloc::{collections::BTreeMap, sync::Arc};
 use core::{
     future::Future,
     pin::Pin,
-    sync::atomic::{AtomicI64, Ordering},
+    sync::atomic::{AtomicI64, AtomicU64, Ordering},
     task::{Context, Poll, Waker},
 };
 
@@ -34,7 +34,11 @@ impl Clock {
     #[must_use]
     pub fn new(host: Host, realtime: Option<u64>) -> Clock {
         let offset = realtime.map_or(0, |now| now.wrapping_sub(host.realtime()) as i64);
-        Clock { host, realtime_offset: AtomicI64::new(offset), start: host.monotonic() }
+        Clock {
+            host,
+            realtime_offset: AtomicI64::new(offset),
+            start: host.monotonic(),
+        }
     }
 
     /// Monotonic time.
@@ -47,7 +51,9 @@ impl Clock {
     /// Wall clock.
     #[must_use]
     pub fn realtime(&self) -> u64 {
-        self.host.realtime().wrapping_add_signed(self.realtime_offset.load(Ordering::Relaxed))
+        self.host
+            .realtime()
+            .wrapping_add_signed(self.realtime_offset.load(Ordering::Relaxed))
     }
 
     /// Monotonic time since the kernel started.
@@ -75,40 +81,67 @@ struct TimerQueue {
 }
 
 /// Who sleeps until when.
-#[derive(Default)]
-pub struct Timers(Mutex<TimerQueue>);
+pub struct Timers {
+    queue: Mutex<TimerQueue>,
+    /// The earliest deadline, to be looked at on each way into a program.
+    earliest: AtomicU64,
+}
+
+impl Default for Timers {
+    fn default() -> Timers {
+        Timers {
+            queue: Mutex::default(),
+            earliest: AtomicU64::new(NEVER),
+        }
+    }
+}
 
 impl Timers {
     /// The earliest deadline, or [`NEVER`].
+    #[inline]
     #[must_use]
     pub fn next_deadline(&self) -> u64 {
-        self.0.lock().entries.first_key_value().map_or(NEVER, |(&(deadline, _), _)| deadline)
+        self.earliest.load(Ordering::Relaxed)
+    }
+
+    fn note_earliest(&self, queue: &TimerQueue) {
+        let earliest = queue
+            .entries
+            .first_key_value()
+            .map_or(NEVER, |(&(deadline, _), _)| deadline);
+        self.earliest.store(earliest, Ordering::Relaxed);
     }
 
     /// Wakes everybody whose deadline is `now` or earlier.
     pub fn expire(&self, now: u64) {
         loop {
             let waker = {
-                let mut queue = self.0.lock();
-                match queue.entries.first_entry() {
+                let mut queue = self.queue.lock();
+                let waker = match queue.entries.first_entry() {
                     Some(entry) if entry.key().0 <= now => entry.remove(),
                     _ => return,
-                }
+                };
+                self.note_earliest(&queue);
+                waker
             };
             waker.wake();
         }
     }
 
     fn add(&self, deadline: u64, waker: Waker) -> (u64, u64) {
-        let mut queue = self.0.lock();
+        let mut queue = self.queue.lock();
         let key = (deadline, queue.next_key);
         queue.next_key += 1;
         queue.entries.insert(key, waker);
+        self.note_earliest(&queue);
         key
     }
 
     fn remove(&self, key: (u64, u64)) {
-        let removed = self.0.lock().entries.remove(&key);
+        let mut queue = self.queue.lock();
+        let removed = queue.entries.remove(&key);
+        self.note_earliest(&queue);
+        drop(queue);
         drop(removed);
     }
 }
@@ -116,7 +149,11 @@ impl Timers {
 /// Waits until a monotonic time; [`NEVER`] waits for ever.
 #[must_use]
 pub fn sleep_until(kernel: &Arc<Kernel>, deadline: u64) -> Sleep {
-    Sleep { kernel: Arc::clone(kernel), deadline, key: None }
+    Sleep {
+        kernel: Arc::clone(kernel),
+        deadline,
+        key: None,
+    }
 }
 
 /// Future of [`sleep_until`].
@@ -137,7 +174,11 @@ impl Future for Sleep {
             return Poll::Ready(());
         }
         if self.deadline != NEVER {
-            self.key = Some(self.kernel.timers.add(self.deadline, context.waker().clone()));
+            self.key = Some(
+                self.kernel
+                    .timers
+                    .add(self.deadline, context.waker().clone()),
+            );
         }
         Poll::Pending
     }
@@ -174,14 +215,20 @@ pub async fn timeout<T>(
 /// `EINVAL` for negative or unnormalised values.
 pub fn from_timespec(time: &timespec) -> Result<u64> {
     let seconds = u64::try_from(time.tv_sec).map_err(|_| Errno::EINVAL)?;
-    let nanoseconds = u64::try_from(time.tv_nsec).ok().filter(|&nsec| nsec < SECOND).ok_or(Errno::EINVAL)?;
+    let nanoseconds = u64::try_from(time.tv_nsec)
+        .ok()
+        .filter(|&nsec| nsec < SECOND)
+        .ok_or(Errno::EINVAL)?;
     Ok(seconds.saturating_mul(SECOND).saturating_add(nanoseconds))
 }
 
 /// A `timespec` of nanoseconds.
 #[must_use]
 pub fn to_timespec(nanoseconds: u64) -> timespec {
-    timespec { tv_sec: (nanoseconds / SECOND) as i64, tv_nsec: (nanoseconds % SECOND) as i64 }
+    timespec {
+        tv_sec: (nanoseconds / SECOND) as i64,
+        tv_nsec: (nanoseconds % SECOND) as i64,
+    }
 }
 
 /// Nanoseconds of a `timeval`.
@@ -190,12 +237,18 @@ pub fn to_timespec(nanoseconds: u64) -> timespec {
 /// `EINVAL` for negative or unnormalised values.
 pub fn from_timeval(time: &timeval) -> Result<u64> {
     let seconds = u64::try_from(time.tv_sec).map_err(|_| Errno::EINVAL)?;
-    let micros = u64::try_from(time.tv_usec).ok().filter(|&usec| usec < 1_000_000).ok_or(Errno::EINVAL)?;
+    let micros = u64::try_from(time.tv_usec)
+        .ok()
+        .filter(|&usec| usec < 1_000_000)
+        .ok_or(Errno::EINVAL)?;
     Ok(seconds.saturating_mul(SECOND).saturating_add(micros * 1000))
 }
 
 /// A `timeval` of nanoseconds.
 #[must_use]
 pub fn to_timeval(nanoseconds: u64) -> timeval {
-    timeval { tv_sec: (nanoseconds / SECOND) as i64, tv_usec: (nanoseconds % SECOND / 1000) as i64 }
+    timeval {
+        tv_sec: (nanoseconds / SECOND) as i64,
+        tv_usec: (nanoseconds % SECOND / 1000) as i64,
+    }
 }

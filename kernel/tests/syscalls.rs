@@ -11,10 +11,21 @@ fn page() -> String {
          After a change of the table: `KILN_WRITE=1 cargo test -p kiln-kernel --test syscalls`.\n\n",
     );
     let count = table::supported().count();
-    let full = table::supported().filter(|entry| entry.limits.is_empty()).count();
-    writeln!(page, "{count} calls, {full} of them without limits.\n\n| number | call | limits |\n|---|---|---|").unwrap();
+    let full = table::supported()
+        .filter(|entry| entry.limits.is_empty())
+        .count();
+    writeln!(
+        page,
+        "{count} calls, {full} of them without limits.\n\n| number | call | limits |\n|---|---|---|"
+    )
+    .unwrap();
     for entry in table::supported() {
-        writeln!(page, "| {} | `{}` | {} |", entry.number, entry.name, entry.limits).unwrap();
+        writeln!(
+            page,
+            "| {} | `{}` | {} |",
+            entry.number, entry.name, entry.limits
+        )
+        .unwrap();
     }
     page
 }
@@ -26,5 +37,8 @@ fn the_page_of_system_calls_is_the_table() {
         fs::write(&path, page()).unwrap();
     }
     let written = fs::read_to_string(&path).unwrap_or_default();
-    assert!(written == page(), "SYSCALLS.md is not what the table says; run with KILN_WRITE=1 to write it anew");
+    assert!(
+        written == page(),
+        "SYSCALLS.md is not what the table says; run with KILN_WRITE=1 to write it anew"
+    );
 }

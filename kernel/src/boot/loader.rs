@@ -112,7 +112,8 @@ fn parse(inode: &dyn Inode) -> Result<Headers, String> {
     let header = read(inode, 0, ELF_HEADER).map_err(fail)?;
     if header.get(..4) != Some(b"\x7fELF") {
         return Err(if header.starts_with(b"#!") {
-            "it is a script; name its interpreter as the program and the script as an argument".into()
+            "it is a script; name its interpreter as the program and the script as an argument"
+                .into()
         } else {
             "it is not an ELF file".into()
         });
@@ -123,7 +124,9 @@ fn parse(inode: &dyn Inode) -> Result<Headers, String> {
     }
     let machine = u16_at(&header, 18).ok_or_else(truncated)?;
     if machine != 62 {
-        return Err(format!("it is for another machine (ELF machine {machine}); x86-64 is 62"));
+        return Err(format!(
+            "it is for another machine (ELF machine {machine}); x86-64 is 62"
+        ));
     }
     let kind = u16_at(&header, 16).ok_or_else(truncated)?;
     let position_independent = match kind {
@@ -157,7 +160,9 @@ fn parse(inode: &dyn Inode) -> Result<Headers, String> {
         })()
         .ok_or_else(truncated)?;
         if segment.kind == elf::PT_INTERP {
-            let length = usize::try_from(segment.file_size).ok().filter(|&length| length <= 4096);
+            let length = usize::try_from(segment.file_size)
+                .ok()
+                .filter(|&length| length <= 4096);
             let bytes = read(inode, segment.offset, length.ok_or_else(truncated)?).map_err(fail)?;
             let text = bytes.split(|&byte| byte == 0).next().unwrap_or_default();
             interpreter = Some(
@@ -167,7 +172,13 @@ fn parse(inode: &dyn Inode) -> Result<Headers, String> {
         }
         segments.push(segment);
     }
-    Ok(Headers { position_independent, entry, table_offset, segments, interpreter })
+    Ok(Headers {
+        position_independent,
+        entry,
+        table_offset,
+        segments,
+        interpreter,
+    })
 }
 
 /// Where an ELF file was mapped.
@@ -189,14 +200,31 @@ fn map(
     wish: usize,
 ) -> Result<Mapped, String> {
     const PAGE: u64 = PAGE_SIZE as u64;
-    let loads = || headers.segments.iter().filter(|segment| segment.kind == elf::PT_LOAD);
+    let loads = || {
+        headers
+            .segments
+            .iter()
+            .filter(|segment| segment.kind == elf::PT_LOAD)
+    };
     let bad = || String::from("its segments make no sense");
-    let low = loads().map(|segment| segment.address & !(PAGE - 1)).min().ok_or_else(bad)?;
+    let low = loads()
+        .map(|segment| segment.address & !(PAGE - 1))
+        .min()
+        .ok_or_else(bad)?;
     let mut high = 0u64;
     for segment in loads() {
-        let end = segment.address.checked_add(segment.memory_size).filter(|&end| end < 1 << 46).ok_or_else(bad)?;
-        segment.offset.checked_add(segment.file_size).ok_or_else(bad)?;
-        if segment.file_size > segment.memory_size || segment.address % PAGE != segment.offset % PAGE {
+        let end = segment
+            .address
+            .checked_add(segment.memory_size)
+            .filter(|&end| end < 1 << 46)
+            .ok_or_else(bad)?;
+        segment
+            .offset
+            .checked_add(segment.file_size)
+            .ok_or_else(bad)?;
+        if segment.file_size > segment.memory_size
+            || segment.address % PAGE != segment.offset % PAGE
+        {
             return Err(bad());
         }
         if segment.flags & (elf::PF_W | elf::PF_X) == elf::PF_W | elf::PF_X {
@@ -208,8 +236,12 @@ fn map(
     }
     let span = page_round_up((high - low) as usize).ok_or_else(bad)?;
     let fail = |error: Errno| match error {
-        Errno::ENOMEM => String::from("there is not enough memory for it; give the instance more (-m)"),
-        Errno::EPERM | Errno::EEXIST => format!("it wants addresses ({low:#x}) that programs do not get"),
+        Errno::ENOMEM => {
+            String::from("there is not enough memory for it; give the instance more (-m)")
+        }
+        Errno::EPERM | Errno::EEXIST => {
+            format!("it wants addresses ({low:#x}) that programs do not get")
+        }
         error => format!("it cannot be mapped: {error}"),
     };
     // All of it is reserved first, so that nothing else comes between its segments.
@@ -218,13 +250,17 @@ fn map(
     } else {
         Placement::FixedIfFree(low as usize)
     };
-    let start = memory.map_zero(placement, span, Protection::empty(), AreaFlags::empty()).map_err(fail)?;
+    let start = memory
+        .map_zero(placement, span, Protection::empty(), AreaFlags::empty())
+        .map_err(fail)?;
     let bias = (start as u64).wrapping_sub(low);
     for segment in loads() {
         let mut protection = Protection::empty();
-        for (flag, access) in
-            [(elf::PF_R, Protection::READ), (elf::PF_W, Protection::WRITE), (elf::PF_X, Protection::EXECUTE)]
-        {
+        for (flag, access) in [
+            (elf::PF_R, Protection::READ),
+            (elf::PF_W, Protection::WRITE),
+            (elf::PF_X, Protection::EXECUTE),
+        ] {
             if segment.flags & flag != 0 {
                 protection |= access;
             }
@@ -241,27 +277,46 @@ fn map(
                 offset: segment.offset - (address - page),
             };
             let fixed = Placement::Fixed(page as usize);
-            memory.map_file(fixed, file_pages, protection, AreaFlags::empty(), file).map_err(fail)?;
+            memory
+                .map_file(fixed, file_pages, protection, AreaFlags::empty(), file)
+                .map_err(fail)?;
         }
-        let zero_from = if segment.file_size > 0 { page + file_pages as u64 } else { page };
+        let zero_from = if segment.file_size > 0 {
+            page + file_pages as u64
+        } else {
+            page
+        };
         // All of the rest of the last file page becomes zeros, also beyond the segment's end: the dynamic linker's first
         // allocations lie there.
-        if segment.memory_size > segment.file_size && segment.file_size > 0 && protection.contains(Protection::WRITE) {
+        if segment.memory_size > segment.file_size
+            && segment.file_size > 0
+            && protection.contains(Protection::WRITE)
+        {
             let rest = (zero_from - file_end) as usize;
             user::write_bytes(file_end, &alloc::vec![0; rest]).map_err(fail)?;
         }
         if end > zero_from {
             let length = page_round_up((end - zero_from) as usize).ok_or_else(bad)?;
             let fixed = Placement::Fixed(zero_from as usize);
-            memory.map_zero(fixed, length, protection, AreaFlags::empty()).map_err(fail)?;
+            memory
+                .map_zero(fixed, length, protection, AreaFlags::empty())
+                .map_err(fail)?;
         }
     }
     let table = loads()
         .find(|segment| {
-            segment.offset <= headers.table_offset && headers.table_offset < segment.offset + segment.file_size
+            segment.offset <= headers.table_offset
+                && headers.table_offset < segment.offset + segment.file_size
         })
-        .map_or(0, |segment| segment.address.wrapping_add(bias) + (headers.table_offset - segment.offset));
-    Ok(Mapped { bias, entry: headers.entry.wrapping_add(bias), table, end: high.wrapping_add(bias) })
+        .map_or(0, |segment| {
+            segment.address.wrapping_add(bias) + (headers.table_offset - segment.offset)
+        });
+    Ok(Mapped {
+        bias,
+        entry: headers.entry.wrapping_add(bias),
+        table,
+        end: high.wrapping_add(bias),
+    })
 }
 
 fn random_pages(kernel: &Kernel) -> Result<usize, Errno> {
@@ -294,15 +349,20 @@ pub fn load(
             })
         })?;
         match inode.metadata() {
-            Ok(metadata) if metadata.kind != Kind::Regular => Err(at(path)("it is not a regular file".into())),
-            Ok(metadata) if metadata.permissions & 0o111 == 0 => {
-                Err(at(path)("it is not executable; set its mode (chmod +x) before building the image".into()))
+            Ok(metadata) if metadata.kind != Kind::Regular => {
+                Err(at(path)("it is not a regular file".into()))
             }
+            Ok(metadata) if metadata.permissions & 0o111 == 0 => Err(at(path)(
+                "it is not executable; set its mode (chmod +x) before building the image".into(),
+            )),
             Ok(_) => Ok(inode),
             Err(error) => Err(at(path)(format!("{error}"))),
         }
     };
-    let system = |error: Errno| LoadError { path: path.to_string(), reason: format!("{error}") };
+    let system = |error: Errno| LoadError {
+        path: path.to_string(),
+        reason: format!("{error}"),
+    };
 
     let top = MAP_TOP - random_pages(kernel).map_err(system)? * PAGE_SIZE;
     let mut memory = AddressSpace::new(kernel.host, top);
@@ -316,26 +376,44 @@ pub fn load(
         Some(interpreter) => {
             let inode = open(interpreter).map_err(|error| LoadError {
                 path: path.to_string(),
-                reason: format!("its interpreter {} cannot be used: {}", error.path, error.reason),
+                reason: format!(
+                    "its interpreter {} cannot be used: {}",
+                    error.path, error.reason
+                ),
             })?;
             let headers = parse(&*inode).map_err(at(interpreter))?;
-            let mapped =
-                map(&mut memory, &inode, &Arc::from(interpreter.as_str()), &headers, 0).map_err(at(interpreter))?;
+            let mapped = map(
+                &mut memory,
+                &inode,
+                &Arc::from(interpreter.as_str()),
+                &headers,
+                0,
+            )
+            .map_err(at(interpreter))?;
             (mapped.entry, mapped.bias)
         }
     };
 
     // The heap begins after the program's data, with a random gap.
     let gap = random_pages(kernel).map_err(system)? % 8192 * PAGE_SIZE;
-    let heap = page_round_up(program.end as usize).unwrap_or(usize::MAX).saturating_add(gap);
+    let heap = page_round_up(program.end as usize)
+        .unwrap_or(usize::MAX)
+        .saturating_add(gap);
     memory.set_heap(heap);
 
     let access = Protection::READ | Protection::WRITE;
     // One page below the stack stays without access, so that running over its end is a fault.
     let low = memory
-        .map_zero(Placement::Anywhere(0), STACK_SIZE + PAGE_SIZE, access, AreaFlags::STACK)
+        .map_zero(
+            Placement::Anywhere(0),
+            STACK_SIZE + PAGE_SIZE,
+            access,
+            AreaFlags::STACK,
+        )
         .map_err(system)?;
-    memory.protect(low, PAGE_SIZE, Protection::empty()).map_err(system)?;
+    memory
+        .protect(low, PAGE_SIZE, Protection::empty())
+        .map_err(system)?;
     let stack_top = (low + STACK_SIZE + PAGE_SIZE) as u64;
 
     let vdso = super::vdso::map(kernel, &mut memory).map_err(system)?;
@@ -361,14 +439,26 @@ pub fn load(
     add(auxvec::AT_EGID, u64::from(credentials.gid[1]));
     add(auxvec::AT_SECURE, 0);
     add(auxvec::AT_CLKTCK, 100);
-    add(auxvec::AT_HWCAP, u64::from(core::arch::x86_64::__cpuid(1).edx));
+    add(
+        auxvec::AT_HWCAP,
+        u64::from(core::arch::x86_64::__cpuid(1).edx),
+    );
     // HWCAP2_FSGSBASE.
     add(auxvec::AT_HWCAP2, 2);
     // Frame, XSAVE image, alignment.
-    add(linux_raw_sys::auxvec::AT_MINSIGSTKSZ, (kernel.cpu.extended_size() + 440 + 8 + 256) as u64);
-    let built = build_stack(stack_top, &random, path, arguments, environment, auxiliary).map_err(at(path))?;
+    add(
+        linux_raw_sys::auxvec::AT_MINSIGSTKSZ,
+        (kernel.cpu.extended_size() + 440 + 8 + 256) as u64,
+    );
+    let built = build_stack(stack_top, &random, path, arguments, environment, auxiliary)
+        .map_err(at(path))?;
     user::write_bytes(built.pointer, &built.bytes).map_err(system)?;
-    Ok(Loaded { memory, entry, stack: built.pointer, auxiliary: built.auxiliary })
+    Ok(Loaded {
+        memory,
+        entry,
+        stack: built.pointer,
+        auxiliary: built.auxiliary,
+    })
 }
 
 struct Stack {
@@ -389,10 +479,14 @@ fn build_stack(
     // Strings lie at the top; their addresses go into the vectors below.
     let mut strings = Vec::new();
     let mut offsets = Vec::new();
-    let all = [path].into_iter().chain(arguments.iter().chain(environment).map(String::as_str));
+    let all = [path]
+        .into_iter()
+        .chain(arguments.iter().chain(environment).map(String::as_str));
     for text in all {
         if text.as_bytes().contains(&0) {
-            return Err(format!("the argument or environment entry {text:?} contains a zero byte"));
+            return Err(format!(
+                "the argument or environment entry {text:?} contains a zero byte"
+            ));
         }
         offsets.push(strings.len() as u64);
         strings.extend_from_slice(text.as_bytes());
@@ -403,7 +497,9 @@ fn build_stack(
     let random_at = strings.len() as u64;
     strings.extend_from_slice(&random[..16]);
     if strings.len() > MAX_STRINGS {
-        return Err(format!("its arguments and environment are longer than {MAX_STRINGS} bytes"));
+        return Err(format!(
+            "its arguments and environment are longer than {MAX_STRINGS} bytes"
+        ));
     }
     // Something random, so that the stack's address says nothing about its neighbours'.
     let shift = u64::from(random[16]) * 16;
@@ -414,7 +510,11 @@ fn build_stack(
     auxiliary.extend([u64::from(auxvec::AT_NULL), 0]);
 
     let mut words = alloc::vec![arguments.len() as u64];
-    let addresses: Vec<u64> = offsets.iter().skip(1).map(|offset| strings_at + offset).collect();
+    let addresses: Vec<u64> = offsets
+        .iter()
+        .skip(1)
+        .map(|offset| strings_at + offset)
+        .collect();
     let (first, second) = addresses.split_at(arguments.len());
     words.extend_from_slice(first);
     words.push(0);
@@ -426,7 +526,13 @@ fn build_stack(
     let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     bytes.resize((strings_at - pointer) as usize, 0);
     bytes.extend_from_slice(&strings);
-    let auxiliary = auxiliary.iter().flat_map(|word| word.to_le_bytes()).collect();
-    Ok(Stack { pointer, bytes, auxiliary })
+    let auxiliary = auxiliary
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    Ok(Stack {
+        pointer,
+        bytes,
+        auxiliary,
+    })
 }
-

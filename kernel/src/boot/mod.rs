@@ -64,33 +64,51 @@ fn bytes(range: MemoryRange) -> &'static [u8] {
 }
 
 fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, String> {
-    let manifest: Manifest = serde_json::from_slice(bytes(boot.manifest))
-        .map_err(|error| format!("the image's manifest is damaged ({error}); build the image again"))?;
+    let manifest: Manifest = serde_json::from_slice(bytes(boot.manifest)).map_err(|error| {
+        format!("the image's manifest is damaged ({error}); build the image again")
+    })?;
     let configuration: RunConfiguration = match bytes(boot.configuration) {
         [] => RunConfiguration::default(),
         text => serde_json::from_slice(text)
             .map_err(|error| format!("the run's configuration cannot be read: {error}"))?,
     };
     trace::start(host, configuration.log.as_deref());
-    let cpu = Cpu::start(&host, boot).map_err(|error| format!("the engine refused the kernel: {error}"))?;
-    let engine = if boot.engine == Engine::Process as u32 { Engine::Process } else { Engine::Vm };
+    let cpu = Cpu::start(&host, boot)
+        .map_err(|error| format!("the engine refused the kernel: {error}"))?;
+    let engine = if boot.engine == Engine::Process as u32 {
+        Engine::Process
+    } else {
+        Engine::Vm
+    };
     let kernel = Kernel::new(KernelParts {
         host,
         engine,
         cpu,
         manifest,
         configuration,
-        root_image: RootImage { bytes: bytes(boot.root) },
+        root_image: RootImage {
+            bytes: bytes(boot.root),
+        },
         memory_limit: boot.memory_limit,
     });
 
     let link = connect(&kernel, boot)?;
-    let root = fs::start(&kernel).map_err(|error| format!("the image's files cannot be used: {error}"))?;
+    let root =
+        fs::start(&kernel).map_err(|error| format!("the image's files cannot be used: {error}"))?;
     kernel.root.call_once(|| root);
     let device = crate::driver::network(&kernel, boot)?;
     let network = kernel.configuration.network.clone();
     let memory = kernel.memory_limit;
-    kernel.net.call_once(|| Net::new(host, &kernel.events, link.as_ref(), &network, memory, device));
+    kernel.net.call_once(|| {
+        Net::new(
+            host,
+            &kernel.events,
+            link.as_ref(),
+            &network,
+            memory,
+            device,
+        )
+    });
     start_program(&kernel)?;
     if let Some(link) = &link {
         link.set_receiver(Arc::new(Messages(Arc::clone(&kernel))));
@@ -99,7 +117,10 @@ fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, 
     Ok(kernel)
 }
 
-fn connect(kernel: &Arc<Kernel>, boot: &'static BootInformation) -> Result<Option<Arc<Link>>, String> {
+fn connect(
+    kernel: &Arc<Kernel>,
+    boot: &'static BootInformation,
+) -> Result<Option<Arc<Link>>, String> {
     if !kernel.configuration.link {
         return Ok(None);
     }
@@ -117,10 +138,14 @@ impl Receiver for Messages {
         let kernel = &self.0;
         match message {
             ToKernel::Signal { signal } => {
-                let Some(process) = kernel.process.get() else { return };
+                let Some(process) = kernel.process.get() else {
+                    return;
+                };
                 match Signal::new(u64::from(signal)) {
                     Ok(signal) => deliver(process, signal),
-                    Err(_) => trace::warn!("the monitor sent signal {signal}, which does not exist"),
+                    Err(_) => {
+                        trace::warn!("the monitor sent signal {signal}, which does not exist")
+                    }
                 }
             }
             ToKernel::Input(bytes) => fs::console_input(kernel, &bytes),
@@ -131,7 +156,9 @@ impl Receiver for Messages {
     fn disconnected(&self) {
         // Without a monitor nobody can stop this instance or hears of its end.
         trace::error!("the monitor has gone; ending");
-        self.0.host.exit(exit_code::SIGNAL_BASE + i32::from(Signal::HUP.number()))
+        self.0
+            .host
+            .exit(exit_code::SIGNAL_BASE + i32::from(Signal::HUP.number()))
     }
 }
 
@@ -161,15 +188,27 @@ fn start_program(kernel: &Arc<Kernel>) -> Result<(), String> {
     let (manifest, run) = (&kernel.manifest, &kernel.configuration);
     let path = manifest.program.as_str();
     let mut arguments = alloc::vec![path.to_string()];
-    arguments.extend(run.arguments.as_ref().unwrap_or(&manifest.arguments).iter().cloned());
+    arguments.extend(
+        run.arguments
+            .as_ref()
+            .unwrap_or(&manifest.arguments)
+            .iter()
+            .cloned(),
+    );
     let mut environment = manifest.environment.clone();
     environment.extend(run.environment.clone());
-    let environment: Vec<String> = environment.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let environment: Vec<String> = environment
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
     let user = run.user.unwrap_or(manifest.user);
     let credentials = Credentials::new(user.uid, user.gid);
 
     let root = kernel.root.get().ok_or("the file tree is missing")?.clone();
-    let directory = run.working_directory.as_deref().unwrap_or(&manifest.working_directory);
+    let directory = run
+        .working_directory
+        .as_deref()
+        .unwrap_or(&manifest.working_directory);
     let view = vfs::View {
         root: root.clone(),
         working_directory: root.clone(),
@@ -188,7 +227,11 @@ fn start_program(kernel: &Arc<Kernel>) -> Result<(), String> {
         kernel,
         ProcessStart {
             memory: loaded.memory,
-            file_system: FileSystemContext { root, working_directory, umask: 0o22 },
+            file_system: FileSystemContext {
+                root,
+                working_directory,
+                umask: 0o22,
+            },
             credentials,
             program: path.to_string(),
             arguments,
@@ -197,7 +240,9 @@ fn start_program(kernel: &Arc<Kernel>) -> Result<(), String> {
     );
     *process.auxiliary.lock() = loaded.auxiliary;
     for file in fs::standard_streams(kernel) {
-        process.add_file(file, false).map_err(|error| format!("the console cannot be opened: {error}"))?;
+        process
+            .add_file(file, false)
+            .map_err(|error| format!("the console cannot be opened: {error}"))?;
     }
     let name = path.rsplit('/').next().unwrap_or(path);
     let name: String = name.chars().take(15).collect();

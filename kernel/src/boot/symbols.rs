@@ -6,7 +6,6 @@ use alloc::{string::String, vec::Vec};
 
 use elf::{ElfBytes, endian::LittleEndian};
 use kiln_abi::host::MemoryRange;
-use rustc_demangle::Demangle;
 
 use crate::{
     Kernel,
@@ -18,12 +17,17 @@ use crate::{
 const LARGEST: u64 = 64 << 20;
 
 /// The symbol that covers a virtual address of an ELF file, and the distance from its start.
-fn find<'a>(bytes: &'a [u8], address: impl FnOnce(&ElfBytes<'a, LittleEndian>) -> Option<u64>) -> Option<(&'a str, u64)> {
+fn find<'a>(
+    bytes: &'a [u8],
+    address: impl FnOnce(&ElfBytes<'a, LittleEndian>) -> Option<u64>,
+) -> Option<(&'a str, u64)> {
     let file = ElfBytes::<LittleEndian>::minimal_parse(bytes).ok()?;
     let address = address(&file)?;
     let mut best: Option<(&str, u64)> = None;
     for table in [file.symbol_table(), file.dynamic_symbol_table()] {
-        let Ok(Some((symbols, strings))) = table else { continue };
+        let Ok(Some((symbols, strings))) = table else {
+            continue;
+        };
         for symbol in symbols.iter() {
             // Functions only (STT_FUNC).
             if symbol.st_info & 0xf != 2 || symbol.st_value == 0 || symbol.st_value > address {
@@ -31,7 +35,8 @@ fn find<'a>(bytes: &'a [u8], address: impl FnOnce(&ElfBytes<'a, LittleEndian>) -
             }
             let distance = address - symbol.st_value;
             let covers = distance < symbol.st_size.max(1);
-            if covers && best.is_none_or(|(_, nearest)| distance < nearest)
+            if covers
+                && best.is_none_or(|(_, nearest)| distance < nearest)
                 && let Ok(name) = strings.get(symbol.st_name as usize)
             {
                 best = Some((name, distance));
@@ -41,16 +46,49 @@ fn find<'a>(bytes: &'a [u8], address: impl FnOnce(&ElfBytes<'a, LittleEndian>) -
     best
 }
 
-/// The kernel's own symbol at an offset from its base.
+/// The kernel's own function at an offset from its base, and the distance from its start. The names are in a table at the
+/// end of the kernel's file, which `guest/build.rs` writes and describes.
 #[must_use]
-pub fn kernel_symbol(file: MemoryRange, offset: u64) -> Option<(Demangle<'static>, u64)> {
+pub fn kernel_symbol(file: MemoryRange, offset: u64) -> Option<(&'static str, u64)> {
     if file.length == 0 {
         return None;
     }
     // SAFETY: the shim maps the kernel's file read-only for as long as the kernel runs.
-    let bytes: &'static [u8] = unsafe { core::slice::from_raw_parts(file.start as *const u8, file.length) };
-    let (name, distance) = find(bytes, |_| Some(offset))?;
-    Some((rustc_demangle::demangle(name), distance))
+    let bytes: &'static [u8] =
+        unsafe { core::slice::from_raw_parts(file.start as *const u8, file.length) };
+    function(bytes, u32::try_from(offset).ok()?)
+}
+
+/// Finds the function that an offset lies in.
+fn function(file: &[u8], offset: u32) -> Option<(&str, u64)> {
+    let (rest, magic) = file.split_at_checked(file.len().checked_sub(8)?)?;
+    if magic != b"KilnSyms" {
+        return None;
+    }
+    let word =
+        |bytes: &[u8], at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    let (rest, lengths) = rest.split_at_checked(rest.len().checked_sub(8)?)?;
+    let (count, length) = (word(lengths, 0)? as usize, word(lengths, 4)? as usize);
+    let (rest, names) = rest.split_at_checked(rest.len().checked_sub(length)?)?;
+    let pairs = rest.get(rest.len().checked_sub(count.checked_mul(8)?)?..)?;
+    let (mut low, mut high) = (0, count);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if word(pairs, middle * 8)? <= offset {
+            low = middle + 1
+        } else {
+            high = middle
+        }
+    }
+    let pair = low.checked_sub(1)? * 8;
+    let name = names
+        .get(word(pairs, pair + 4)? as usize..)?
+        .split(|&byte| byte == 0)
+        .next()?;
+    Some((
+        core::str::from_utf8(name).ok()?,
+        u64::from(offset - word(pairs, pair)?),
+    ))
 }
 
 /// The symbol of a file in the program's file tree, at an offset in the file.
@@ -63,11 +101,16 @@ pub fn lookup(kernel: &Kernel, path: &str, offset: u64) -> Option<(String, u64)>
         segments
             .iter()
             .find(|segment| {
-                segment.p_type == 1 && offset >= segment.p_offset && offset - segment.p_offset < segment.p_filesz
+                segment.p_type == 1
+                    && offset >= segment.p_offset
+                    && offset - segment.p_offset < segment.p_filesz
             })
             .map(|segment| segment.p_vaddr + (offset - segment.p_offset))
     })?;
-    Some((alloc::format!("{:#}", rustc_demangle::demangle(name)), distance))
+    Some((
+        alloc::format!("{:#}", rustc_demangle::demangle(name)),
+        distance,
+    ))
 }
 
 fn contents(kernel: &Kernel, inode: &dyn Inode) -> Option<Vec<u8>> {
@@ -79,10 +122,51 @@ fn contents(kernel: &Kernel, inode: &dyn Inode) -> Option<Vec<u8>> {
         && available >= size
     {
         let start = usize::try_from(start).ok()?;
-        return kernel.root_image.bytes.get(start..start + size as usize).map(<[u8]>::to_vec);
+        return kernel
+            .root_image
+            .bytes
+            .get(start..start + size as usize)
+            .map(<[u8]>::to_vec);
     }
     let mut bytes = alloc::vec![0; size as usize];
     let count = inode.read_at(0, &mut Sink::kernel(&mut bytes)).ok()?;
     bytes.truncate(count);
     Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table() -> Vec<u8> {
+        let mut bytes = b"anything before".to_vec();
+        for word in [16u32, 0, 64, 5] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        bytes.extend_from_slice(b"zero\0a::b\0");
+        bytes.extend_from_slice(&2u32.to_le_bytes());
+        bytes.extend_from_slice(&10u32.to_le_bytes());
+        bytes.extend_from_slice(b"KilnSyms");
+        bytes
+    }
+
+    #[test]
+    fn finds_the_function_around_an_offset() {
+        let table = table();
+        assert_eq!(function(&table, 15), None);
+        assert_eq!(function(&table, 16), Some(("zero", 0)));
+        assert_eq!(function(&table, 63), Some(("zero", 47)));
+        assert_eq!(function(&table, 70), Some(("a::b", 6)));
+    }
+
+    #[test]
+    fn a_damaged_table_names_nothing() {
+        let table = table();
+        assert_eq!(function(b"", 1), None);
+        assert_eq!(function(&table[..table.len() - 1], 20), None);
+        let mut long = table.clone();
+        let at = long.len() - 16;
+        long[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(function(&long, 20), None);
+    }
 }

@@ -33,9 +33,13 @@ pub fn map(kernel: &Arc<Kernel>, memory: &mut AddressSpace) -> Result<u64> {
 
 /// What a clock shows in nanoseconds; all ones for a clock that only the system call knows. Called by programs.
 extern "sysv64" fn clock(clock: u32) -> u64 {
-    let Some(kernel) = KERNEL.get() else { return u64::MAX };
+    let Some(kernel) = KERNEL.get() else {
+        return u64::MAX;
+    };
     match clock {
-        linux::CLOCK_REALTIME | linux::CLOCK_REALTIME_COARSE | linux::CLOCK_TAI => kernel.clock.realtime(),
+        linux::CLOCK_REALTIME | linux::CLOCK_REALTIME_COARSE | linux::CLOCK_TAI => {
+            kernel.clock.realtime()
+        }
         linux::CLOCK_MONOTONIC
         | linux::CLOCK_MONOTONIC_RAW
         | linux::CLOCK_MONOTONIC_COARSE

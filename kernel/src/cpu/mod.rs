@@ -25,7 +25,9 @@ use core::{
     sync::atomic::{AtomicPtr, AtomicU32, Ordering},
 };
 
-use kiln_abi::host::{BootInformation, Context, CpuArea, MemoryRange, Registration, Trap, TrapKind};
+use kiln_abi::host::{
+    BootInformation, Context, CpuArea, MemoryRange, Registration, Trap, TrapKind,
+};
 
 use crate::{Errno, Result, host::Host, memory::user};
 
@@ -207,7 +209,8 @@ unsafe impl Sync for ExtendedState {}
 impl ExtendedState {
     fn layout(length: usize) -> Layout {
         // XSAVE wants 64 bytes of alignment. The length is that of an existing CPU's area: it cannot overflow.
-        Layout::from_size_align(length.max(XSAVE_HEADER + 64), 64).unwrap_or(Layout::new::<[u128; 256]>())
+        Layout::from_size_align(length.max(XSAVE_HEADER + 64), 64)
+            .unwrap_or(Layout::new::<[u128; 256]>())
     }
 
     /// The area, made (zeroed: the initial state of everything) when missing.
@@ -218,7 +221,9 @@ impl ExtendedState {
         let layout = Self::layout(length);
         // SAFETY: the layout is not empty.
         let area = unsafe { alloc::alloc::alloc_zeroed(layout) };
-        let Some(area) = NonNull::new(area) else { handle_alloc_error(layout) };
+        let Some(area) = NonNull::new(area) else {
+            handle_alloc_error(layout)
+        };
         // The initial x87 control word and MXCSR.
         // SAFETY: both lie in the first 512 bytes.
         unsafe {
@@ -247,7 +252,12 @@ impl UserContext {
     #[must_use]
     pub fn new(entry: u64, stack: u64) -> Box<UserContext> {
         Box::new(UserContext {
-            registers: Context { rip: entry, rsp: stack, rflags: FIXED_FLAGS, ..Context::default() },
+            registers: Context {
+                rip: entry,
+                rsp: stack,
+                rflags: FIXED_FLAGS,
+                ..Context::default()
+            },
             xmm: [[0; 16]; 16],
             mxcsr: INITIAL_MXCSR,
             padding: 0,
@@ -305,7 +315,10 @@ impl Cpu {
                 start: resume_start,
                 length: &raw const kiln_resume_end as usize - resume_start,
             },
-            user_copy: MemoryRange { start: copy_start, length: copy_end - copy_start },
+            user_copy: MemoryRange {
+                start: copy_start,
+                length: copy_end - copy_start,
+            },
             user_copy_fault: copy_fault,
         })?;
         Ok(Cpu {
@@ -433,7 +446,9 @@ impl Cpu {
         context.fs_base = base;
         if self.owner.load(Ordering::Relaxed) == core::ptr::from_mut(context) {
             // SAFETY: the caller checked that the address is canonical; the kernel itself does not use FS.
-            unsafe { core::arch::asm!("wrfsbase {}", in(reg) base, options(nostack, preserves_flags)) };
+            unsafe {
+                core::arch::asm!("wrfsbase {}", in(reg) base, options(nostack, preserves_flags))
+            };
         }
     }
 
@@ -442,7 +457,9 @@ impl Cpu {
         if self.owner.load(Ordering::Relaxed) == core::ptr::from_mut(context) {
             let base: u64;
             // SAFETY: reads a register.
-            unsafe { core::arch::asm!("rdfsbase {}", out(reg) base, options(nostack, nomem, preserves_flags)) };
+            unsafe {
+                core::arch::asm!("rdfsbase {}", out(reg) base, options(nostack, nomem, preserves_flags))
+            };
             context.fs_base = base;
         }
         context.fs_base
@@ -451,13 +468,22 @@ impl Cpu {
     /// Must be called before a context that ran is dropped.
     pub fn forget(&self, context: &mut UserContext) {
         let pointer = core::ptr::from_mut(context);
-        let _ = self.owner.compare_exchange(pointer, core::ptr::null_mut(), Ordering::Relaxed, Ordering::Relaxed);
+        let _ = self.owner.compare_exchange(
+            pointer,
+            core::ptr::null_mut(),
+            Ordering::Relaxed,
+            Ordering::Relaxed,
+        );
     }
 
     /// Bytes of the XSAVE image that signal frames carry.
     #[must_use]
     pub fn extended_size(&self) -> usize {
-        if self.xsave_size == 0 { XSAVE_HEADER } else { self.xsave_size }
+        if self.xsave_size == 0 {
+            XSAVE_HEADER
+        } else {
+            self.xsave_size
+        }
     }
 
     /// State components in an XSAVE image (`XCR0` bits), 0 for FXSAVE.
@@ -512,7 +538,11 @@ impl Cpu {
                 }
             }
             for (index, register) in context.xmm.iter_mut().enumerate() {
-                core::ptr::copy_nonoverlapping(area.as_ptr().add(160 + 16 * index), register.as_mut_ptr(), 16);
+                core::ptr::copy_nonoverlapping(
+                    area.as_ptr().add(160 + 16 * index),
+                    register.as_mut_ptr(),
+                    16,
+                );
             }
         }
         // The CPU's contents are stale now.

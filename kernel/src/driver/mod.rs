@@ -25,7 +25,10 @@ const DEFAULT_MTU: usize = 1500;
 ///
 /// # Errors
 /// In words, when the engine has none although the run's configuration says that there is a monitor.
-pub fn link(kernel: &Arc<Kernel>, boot: &'static BootInformation) -> core::result::Result<Arc<dyn ByteStream>, String> {
+pub fn link(
+    kernel: &Arc<Kernel>,
+    boot: &'static BootInformation,
+) -> core::result::Result<Arc<dyn ByteStream>, String> {
     match kernel.engine {
         Engine::Process => {
             let stream = DescriptorStream::new(kernel.host, boot.link_descriptor)
@@ -57,8 +60,11 @@ pub fn network(
             };
             let mac = mac.map_or_else(|| random_address(&kernel.host), Ok);
             let mtu = mtu.map_or(DEFAULT_MTU, usize::from);
-            let stream = mac.and_then(|mac| FrameStream::new(kernel.host, boot.network_descriptor, mac, mtu));
-            Ok(Some(stream.map_err(|error| format!("the frames of the network cannot be used: {error}"))?))
+            let stream = mac
+                .and_then(|mac| FrameStream::new(kernel.host, boot.network_descriptor, mac, mtu));
+            Ok(Some(stream.map_err(|error| {
+                format!("the frames of the network cannot be used: {error}")
+            })?))
         }
         Engine::Vm => match find(boot, virtio::kind::NETWORK) {
             Some(device) => Ok(Some(virtio::network::Card::new(device)?)),
@@ -78,5 +84,8 @@ fn random_address(host: &Host) -> Result<[u8; 6]> {
 /// The first virtio device of a kind.
 fn find(boot: &'static BootInformation, kind: u32) -> Option<&'static MmioDevice> {
     virtio::memory::start(boot);
-    boot.devices.iter().take(boot.device_count as usize).find(|device| device.kind == kind)
+    boot.devices
+        .iter()
+        .take(boot.device_count as usize)
+        .find(|device| device.kind == kind)
 }

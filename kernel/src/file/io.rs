@@ -41,7 +41,12 @@ struct Cursor {
 impl Cursor {
     fn one(slice: Slice) -> Cursor {
         let length = slice.length.min(MAX_TRANSFER);
-        Cursor { segments: Segments::One(Slice { length, ..slice }), index: 0, offset: 0, remaining: length }
+        Cursor {
+            segments: Segments::One(Slice { length, ..slice }),
+            index: 0,
+            offset: 0,
+            remaining: length,
+        }
     }
 
     fn many(ranges: &[UserRange]) -> Result<Cursor> {
@@ -53,9 +58,17 @@ impl Cursor {
         for range in ranges {
             let length = range.length.min(MAX_TRANSFER - remaining);
             remaining += length;
-            segments.push(Slice { address: range.address, length });
+            segments.push(Slice {
+                address: range.address,
+                length,
+            });
         }
-        Ok(Cursor { segments: Segments::Many(segments), index: 0, offset: 0, remaining })
+        Ok(Cursor {
+            segments: Segments::Many(segments),
+            index: 0,
+            offset: 0,
+            remaining,
+        })
     }
 
     fn slices(&self) -> &[Slice] {
@@ -69,7 +82,10 @@ impl Cursor {
     fn current(&mut self) -> Option<Slice> {
         while let Some(slice) = self.slices().get(self.index).copied() {
             if self.offset < slice.length {
-                return Some(Slice { address: slice.address + self.offset, length: slice.length - self.offset });
+                return Some(Slice {
+                    address: slice.address + self.offset,
+                    length: slice.length - self.offset,
+                });
             }
             self.index += 1;
             self.offset = 0;
@@ -90,7 +106,9 @@ impl Cursor {
 
     /// Gives the remaining segments to `use_them`, without allocating where they lie in one piece or whole.
     fn with_remaining<R>(&mut self, use_them: impl FnOnce(&[Slice]) -> R) -> R {
-        let Some(first) = self.current() else { return use_them(&[]) };
+        let Some(first) = self.current() else {
+            return use_them(&[]);
+        };
         let rest = self.slices().get(self.index..).unwrap_or_default();
         if rest.len() == 1 {
             return use_them(&[first]);
@@ -103,7 +121,9 @@ impl Cursor {
 
     /// The remaining segments, for handing to the host as they are.
     fn remaining_slices(&mut self) -> Vec<Slice> {
-        let Some(first) = self.current() else { return Vec::new() };
+        let Some(first) = self.current() else {
+            return Vec::new();
+        };
         let mut slices = Vec::with_capacity(self.slices().len() - self.index);
         slices.push(first);
         slices.extend(self.slices().iter().skip(self.index + 1));
@@ -128,7 +148,10 @@ impl<'a> Sink<'a> {
     #[must_use]
     pub fn user(range: UserRange) -> Sink<'static> {
         Sink {
-            cursor: Cursor::one(Slice { address: range.address, length: range.length }),
+            cursor: Cursor::one(Slice {
+                address: range.address,
+                length: range.length,
+            }),
             lifetime: PhantomData,
         }
     }
@@ -138,13 +161,19 @@ impl<'a> Sink<'a> {
     /// # Errors
     /// `EINVAL` for more than [`MAX_SEGMENTS`].
     pub fn user_vector(ranges: &[UserRange]) -> Result<Sink<'static>> {
-        Ok(Sink { cursor: Cursor::many(ranges)?, lifetime: PhantomData })
+        Ok(Sink {
+            cursor: Cursor::many(ranges)?,
+            lifetime: PhantomData,
+        })
     }
 
     /// Memory of the kernel.
     pub fn kernel(bytes: &'a mut [u8]) -> Sink<'a> {
         Sink {
-            cursor: Cursor::one(Slice { address: bytes.as_mut_ptr() as usize, length: bytes.len() }),
+            cursor: Cursor::one(Slice {
+                address: bytes.as_mut_ptr() as usize,
+                length: bytes.len(),
+            }),
             lifetime: PhantomData,
         }
     }
@@ -162,14 +191,21 @@ impl<'a> Sink<'a> {
     pub fn put(&mut self, bytes: &[u8]) -> Result<usize> {
         let mut done = 0;
         while done < bytes.len() {
-            let Some(slice) = self.cursor.current() else { break };
+            let Some(slice) = self.cursor.current() else {
+                break;
+            };
             let step = slice.length.min(bytes.len() - done);
             // SAFETY: the segment was checked to be program memory, or is borrowed from the kernel for 'a.
-            let left = unsafe { user::copy_raw(slice.address as *mut u8, bytes[done..].as_ptr(), step) };
+            let left =
+                unsafe { user::copy_raw(slice.address as *mut u8, bytes[done..].as_ptr(), step) };
             self.cursor.advance(step - left);
             done += step - left;
             if left > 0 {
-                return if done > 0 { Ok(done) } else { Err(Errno::EFAULT) };
+                return if done > 0 {
+                    Ok(done)
+                } else {
+                    Err(Errno::EFAULT)
+                };
             }
         }
         Ok(done)
@@ -216,7 +252,10 @@ impl<'a> Source<'a> {
     #[must_use]
     pub fn user(range: UserRange) -> Source<'static> {
         Source {
-            cursor: Cursor::one(Slice { address: range.address, length: range.length }),
+            cursor: Cursor::one(Slice {
+                address: range.address,
+                length: range.length,
+            }),
             lifetime: PhantomData,
         }
     }
@@ -226,14 +265,20 @@ impl<'a> Source<'a> {
     /// # Errors
     /// `EINVAL` for more than [`MAX_SEGMENTS`].
     pub fn user_vector(ranges: &[UserRange]) -> Result<Source<'static>> {
-        Ok(Source { cursor: Cursor::many(ranges)?, lifetime: PhantomData })
+        Ok(Source {
+            cursor: Cursor::many(ranges)?,
+            lifetime: PhantomData,
+        })
     }
 
     /// Memory of the kernel.
     #[must_use]
     pub fn kernel(bytes: &'a [u8]) -> Source<'a> {
         Source {
-            cursor: Cursor::one(Slice { address: bytes.as_ptr() as usize, length: bytes.len() }),
+            cursor: Cursor::one(Slice {
+                address: bytes.as_ptr() as usize,
+                length: bytes.len(),
+            }),
             lifetime: PhantomData,
         }
     }
@@ -251,14 +296,22 @@ impl<'a> Source<'a> {
     pub fn take(&mut self, bytes: &mut [u8]) -> Result<usize> {
         let mut done = 0;
         while done < bytes.len() {
-            let Some(slice) = self.cursor.current() else { break };
+            let Some(slice) = self.cursor.current() else {
+                break;
+            };
             let step = slice.length.min(bytes.len() - done);
             // SAFETY: the segment was checked to be program memory, or is borrowed from the kernel for 'a.
-            let left = unsafe { user::copy_raw(bytes[done..].as_mut_ptr(), slice.address as *const u8, step) };
+            let left = unsafe {
+                user::copy_raw(bytes[done..].as_mut_ptr(), slice.address as *const u8, step)
+            };
             self.cursor.advance(step - left);
             done += step - left;
             if left > 0 {
-                return if done > 0 { Ok(done) } else { Err(Errno::EFAULT) };
+                return if done > 0 {
+                    Ok(done)
+                } else {
+                    Err(Errno::EFAULT)
+                };
             }
         }
         Ok(done)

@@ -33,7 +33,12 @@ impl OpenFile {
             - OpenFlags::TRUNCATE
             - OpenFlags::CLOSE_ON_EXEC
             - OpenFlags::NO_CONTROLLING_TERMINAL;
-        Arc::new(OpenFile { file, flags: Mutex::new(kept), position: Mutex::new(0), path })
+        Arc::new(OpenFile {
+            file,
+            flags: Mutex::new(kept),
+            position: Mutex::new(0),
+            path,
+        })
     }
 
     /// Status flags, access mode included (`F_GETFL`).
@@ -105,7 +110,8 @@ impl OpenFile {
         *position += count as u64;
         drop(position);
         if flags.intersects(OpenFlags::DATA_SYNC) {
-            self.file.synchronize(!flags.contains(OpenFlags::FULL_SYNC))?;
+            self.file
+                .synchronize(!flags.contains(OpenFlags::FULL_SYNC))?;
         }
         Ok(count)
     }
@@ -155,7 +161,11 @@ impl FileTable {
     /// An empty table.
     #[must_use]
     pub fn new(limit: usize) -> FileTable {
-        FileTable { descriptors: Vec::new(), lowest_free: 0, limit }
+        FileTable {
+            descriptors: Vec::new(),
+            lowest_free: 0,
+            limit,
+        }
     }
 
     /// Changes the limit (`RLIMIT_NOFILE`). Descriptors above it stay open.
@@ -177,7 +187,10 @@ impl FileTable {
     /// `EBADF`.
     pub fn descriptor(&self, number: i32) -> Result<&Descriptor> {
         let index = usize::try_from(number).map_err(|_| Errno::EBADF)?;
-        self.descriptors.get(index).and_then(Option::as_ref).ok_or(Errno::EBADF)
+        self.descriptors
+            .get(index)
+            .and_then(Option::as_ref)
+            .ok_or(Errno::EBADF)
     }
 
     /// A descriptor, to change its flag.
@@ -186,7 +199,10 @@ impl FileTable {
     /// `EBADF`.
     pub fn descriptor_mut(&mut self, number: i32) -> Result<&mut Descriptor> {
         let index = usize::try_from(number).map_err(|_| Errno::EBADF)?;
-        self.descriptors.get_mut(index).and_then(Option::as_mut).ok_or(Errno::EBADF)
+        self.descriptors
+            .get_mut(index)
+            .and_then(Option::as_mut)
+            .ok_or(Errno::EBADF)
     }
 
     /// Gives `file` the lowest free number.
@@ -201,7 +217,12 @@ impl FileTable {
     ///
     /// # Errors
     /// `EMFILE`; `EINVAL` when `minimum` is beyond the limit.
-    pub fn insert_from(&mut self, minimum: usize, file: Arc<OpenFile>, close_on_exec: bool) -> Result<i32> {
+    pub fn insert_from(
+        &mut self,
+        minimum: usize,
+        file: Arc<OpenFile>,
+        close_on_exec: bool,
+    ) -> Result<i32> {
         if minimum > 0 && minimum >= self.limit {
             return Err(Errno::EINVAL);
         }
@@ -215,7 +236,13 @@ impl FileTable {
         if minimum <= self.lowest_free {
             self.lowest_free = index + 1;
         }
-        self.put(index, Descriptor { file, close_on_exec });
+        self.put(
+            index,
+            Descriptor {
+                file,
+                close_on_exec,
+            },
+        );
         i32::try_from(index).map_err(|_| Errno::EMFILE)
     }
 
@@ -223,12 +250,23 @@ impl FileTable {
     ///
     /// # Errors
     /// `EBADF` when the number is beyond the limit.
-    pub fn replace(&mut self, number: i32, file: Arc<OpenFile>, close_on_exec: bool) -> Result<Option<Descriptor>> {
+    pub fn replace(
+        &mut self,
+        number: i32,
+        file: Arc<OpenFile>,
+        close_on_exec: bool,
+    ) -> Result<Option<Descriptor>> {
         let index = usize::try_from(number).map_err(|_| Errno::EBADF)?;
         if index >= self.limit {
             return Err(Errno::EBADF);
         }
-        Ok(self.put(index, Descriptor { file, close_on_exec }))
+        Ok(self.put(
+            index,
+            Descriptor {
+                file,
+                close_on_exec,
+            },
+        ))
     }
 
     fn put(&mut self, index: usize, descriptor: Descriptor) -> Option<Descriptor> {
@@ -244,7 +282,11 @@ impl FileTable {
     /// `EBADF`.
     pub fn remove(&mut self, number: i32) -> Result<Descriptor> {
         let index = usize::try_from(number).map_err(|_| Errno::EBADF)?;
-        let descriptor = self.descriptors.get_mut(index).and_then(Option::take).ok_or(Errno::EBADF)?;
+        let descriptor = self
+            .descriptors
+            .get_mut(index)
+            .and_then(Option::take)
+            .ok_or(Errno::EBADF)?;
         self.lowest_free = self.lowest_free.min(index);
         Ok(descriptor)
     }
@@ -269,5 +311,7 @@ pub fn seek_position(whence: u32, offset: i64, current: u64, size: u64) -> Resul
         linux::SEEK_END => size,
         _ => return Err(Errno::EINVAL),
     };
-    base.checked_add_signed(offset).filter(|&position| position <= i64::MAX as u64).ok_or(Errno::EINVAL)
+    base.checked_add_signed(offset)
+        .filter(|&position| position <= i64::MAX as u64)
+        .ok_or(Errno::EINVAL)
 }

@@ -72,7 +72,9 @@ impl WatchList {
         let mut entries = self.0.lock();
         let key = WatchKey(entries.next_key);
         entries.next_key += 1;
-        entries.entries.push((key, interest | Readiness::ALWAYS, watcher));
+        entries
+            .entries
+            .push((key, interest | Readiness::ALWAYS, watcher));
         key
     }
 
@@ -135,9 +137,16 @@ pub struct Watch {
 
 impl Watch {
     /// Puts `watcher` on the list of `file`; `None` if the file has no list (it is always ready).
-    pub fn new(file: &Arc<dyn File>, interest: Readiness, watcher: Arc<dyn Watcher>) -> Option<Watch> {
+    pub fn new(
+        file: &Arc<dyn File>,
+        interest: Readiness,
+        watcher: Arc<dyn Watcher>,
+    ) -> Option<Watch> {
         let key = file.watch_list()?.add(interest, watcher);
-        Some(Watch { file: Arc::clone(file), key })
+        Some(Watch {
+            file: Arc::clone(file),
+            key,
+        })
     }
 }
 
@@ -157,7 +166,11 @@ where
 {
     let watcher = Arc::new(WakeWatcher::default());
     let watch = Watch::new(&file, interest, Arc::clone(&watcher) as Arc<dyn Watcher>);
-    Retry { watcher, watch, attempt }
+    Retry {
+        watcher,
+        watch,
+        attempt,
+    }
 }
 
 /// Future of [`retry`].

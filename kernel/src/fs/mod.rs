@@ -106,7 +106,10 @@ pub const fn device_number(major: u32, minor: u32) -> u64 {
 /// Major and minor part of a [`device_number`].
 #[must_use]
 pub const fn device_parts(device: u64) -> (u32, u32) {
-    (((device >> 8) & 0xfff) as u32, ((device & 0xff) | ((device >> 12) & 0xffff_ff00)) as u32)
+    (
+        ((device >> 8) & 0xfff) as u32,
+        ((device & 0xff) | ((device >> 12) & 0xffff_ff00)) as u32,
+    )
 }
 
 /// Attributes of a file, as `stat(2)` tells them.
@@ -288,7 +291,13 @@ pub trait Inode: Send + Sync + Any {
     ///
     /// # Errors
     /// As `renameat2(2)`.
-    fn rename(&self, name: &str, new_parent: &Arc<dyn Inode>, new_name: &str, flags: u32) -> Result<()> {
+    fn rename(
+        &self,
+        name: &str,
+        new_parent: &Arc<dyn Inode>,
+        new_name: &str,
+        flags: u32,
+    ) -> Result<()> {
         let _ = (name, new_parent, new_name, flags);
         Err(Errno::EROFS)
     }

@@ -712,7 +712,8 @@ fn check_access(protection: Protection) -> Result<()> {
 fn check_range(start: usize, length: usize) -> Result<usize> {
     let length = page_round_up(length).ok_or(Errno::EINVAL)?;
     let end = start.checked_add(length).ok_or(Errno::EINVAL)?;
-    if !start.is_multiple_of(PAGE_SIZE) || length == 0 || start < PROGRAM_START || end > PROGRAM_END {
+    if !start.is_multiple_of(PAGE_SIZE) || length == 0 || start < PROGRAM_START || end > PROGRAM_END
+    {
         return Err(Errno::EINVAL);
     }
     Ok(end)

@@ -20,22 +20,72 @@ pub const CALLS: &[Entry] = &[
         handler: mmap,
         limits: "no PROT_WRITE together with PROT_EXEC; MAP_SHARED with PROT_WRITE only for tmpfs and anonymous memory; MAP_HUGETLB: ENOMEM",
     },
-    Entry { number: linux::__NR_munmap, name: "munmap", handler: munmap, limits: "" },
+    Entry {
+        number: linux::__NR_munmap,
+        name: "munmap",
+        handler: munmap,
+        limits: "",
+    },
     Entry {
         number: linux::__NR_mprotect,
         name: "mprotect",
         handler: mprotect,
         limits: "no PROT_WRITE together with PROT_EXEC",
     },
-    Entry { number: linux::__NR_mremap, name: "mremap", handler: mremap, limits: "no MREMAP_DONTUNMAP" },
-    Entry { number: linux::__NR_madvise, name: "madvise", handler: madvise, limits: "no MADV_REMOVE, MADV_HWPOISON" },
-    Entry { number: linux::__NR_brk, name: "brk", handler: brk, limits: "" },
-    Entry { number: linux::__NR_msync, name: "msync", handler: msync, limits: "" },
-    Entry { number: linux::__NR_mincore, name: "mincore", handler: mincore, limits: "mapped pages count as resident" },
-    Entry { number: linux::__NR_mlock, name: "mlock", handler: mlock, limits: "nothing is ever swapped out" },
-    Entry { number: linux::__NR_mlock2, name: "mlock2", handler: mlock, limits: "nothing is ever swapped out" },
-    Entry { number: linux::__NR_munlock, name: "munlock", handler: mlock, limits: "nothing is ever swapped out" },
-    Entry { number: linux::__NR_mlockall, name: "mlockall", handler: mlockall, limits: "nothing is ever swapped out" },
+    Entry {
+        number: linux::__NR_mremap,
+        name: "mremap",
+        handler: mremap,
+        limits: "no MREMAP_DONTUNMAP",
+    },
+    Entry {
+        number: linux::__NR_madvise,
+        name: "madvise",
+        handler: madvise,
+        limits: "no MADV_REMOVE, MADV_HWPOISON",
+    },
+    Entry {
+        number: linux::__NR_brk,
+        name: "brk",
+        handler: brk,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_msync,
+        name: "msync",
+        handler: msync,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_mincore,
+        name: "mincore",
+        handler: mincore,
+        limits: "mapped pages count as resident",
+    },
+    Entry {
+        number: linux::__NR_mlock,
+        name: "mlock",
+        handler: mlock,
+        limits: "nothing is ever swapped out",
+    },
+    Entry {
+        number: linux::__NR_mlock2,
+        name: "mlock2",
+        handler: mlock,
+        limits: "nothing is ever swapped out",
+    },
+    Entry {
+        number: linux::__NR_munlock,
+        name: "munlock",
+        handler: mlock,
+        limits: "nothing is ever swapped out",
+    },
+    Entry {
+        number: linux::__NR_mlockall,
+        name: "mlockall",
+        handler: mlockall,
+        limits: "nothing is ever swapped out",
+    },
     Entry {
         number: linux::__NR_munlockall,
         name: "munlockall",
@@ -45,7 +95,9 @@ pub const CALLS: &[Entry] = &[
 ];
 
 fn protection(bits: u32) -> Result<Protection> {
-    if bits & !(linux::PROT_READ | linux::PROT_WRITE | linux::PROT_EXEC | linux::PROT_GROWSDOWN) != 0 {
+    if bits & !(linux::PROT_READ | linux::PROT_WRITE | linux::PROT_EXEC | linux::PROT_GROWSDOWN)
+        != 0
+    {
         return Err(Errno::EINVAL);
     }
     let mut protection = Protection::empty();
@@ -84,7 +136,10 @@ fn try_mmap(call: &Call<'_>) -> Result<usize> {
         _ => return Err(Errno::EINVAL),
     };
     if map & linux::MAP_HUGETLB != 0 {
-        trace::unsupported(u64::from(linux::MAP_HUGETLB), format_args!("mmap with MAP_HUGETLB"));
+        trace::unsupported(
+            u64::from(linux::MAP_HUGETLB),
+            format_args!("mmap with MAP_HUGETLB"),
+        );
         return Err(Errno::ENOMEM);
     }
     if protection.contains(Protection::WRITE | Protection::EXECUTE) {
@@ -100,10 +155,17 @@ fn try_mmap(call: &Call<'_>) -> Result<usize> {
     } else {
         Placement::Anywhere(address)
     };
-    let flags = if shared { AreaFlags::SHARED } else { AreaFlags::empty() };
+    let flags = if shared {
+        AreaFlags::SHARED
+    } else {
+        AreaFlags::empty()
+    };
     let process = call.process();
     if map & linux::MAP_ANONYMOUS != 0 {
-        return process.memory.lock().map_zero(placement, length, protection, flags);
+        return process
+            .memory
+            .lock()
+            .map_zero(placement, length, protection, flags);
     }
     if !offset.is_multiple_of(PAGE_SIZE as u64) {
         return Err(Errno::EINVAL);
@@ -111,7 +173,9 @@ fn try_mmap(call: &Call<'_>) -> Result<usize> {
     offset.checked_add(length as u64).ok_or(Errno::EOVERFLOW)?;
     let file = process.file(call.int(4))?;
     let status = file.flags();
-    if !status.readable() || (shared && protection.contains(Protection::WRITE) && !status.writable()) {
+    if !status.readable()
+        || (shared && protection.contains(Protection::WRITE) && !status.writable())
+    {
         return Err(Errno::EACCES);
     }
     let inode = Arc::clone(file.file.inode().ok_or(Errno::ENODEV)?);
@@ -123,12 +187,23 @@ fn try_mmap(call: &Call<'_>) -> Result<usize> {
         }
     }
     let path = Arc::from(file.path.as_deref().unwrap_or(""));
-    let file = AreaFile { inode, path, offset };
-    process.memory.lock().map_file(placement, length, protection, flags, file)
+    let file = AreaFile {
+        inode,
+        path,
+        offset,
+    };
+    process
+        .memory
+        .lock()
+        .map_file(placement, length, protection, flags, file)
 }
 
 fn munmap(call: &mut Call<'_>) -> Outcome {
-    call.process().memory.lock().unmap(call.raw(0) as usize, call.length(1)).into()
+    call.process()
+        .memory
+        .lock()
+        .unmap(call.raw(0) as usize, call.length(1))
+        .into()
 }
 
 fn mprotect(call: &mut Call<'_>) -> Outcome {
@@ -136,7 +211,11 @@ fn mprotect(call: &mut Call<'_>) -> Outcome {
         Ok(protection) => protection,
         Err(error) => return Outcome::fail(error),
     };
-    call.process().memory.lock().protect(call.raw(0) as usize, call.length(1), protection).into()
+    call.process()
+        .memory
+        .lock()
+        .protect(call.raw(0) as usize, call.length(1), protection)
+        .into()
 }
 
 fn mremap(call: &mut Call<'_>) -> Outcome {
@@ -150,7 +229,11 @@ fn mremap(call: &mut Call<'_>) -> Outcome {
         return Outcome::fail(Errno::EINVAL);
     }
     let (start, old, new) = (call.raw(0) as usize, call.length(1), call.length(2));
-    call.process().memory.lock().remap(start, old, new, may_move, target).into()
+    call.process()
+        .memory
+        .lock()
+        .remap(start, old, new, may_move, target)
+        .into()
 }
 
 fn madvise(call: &mut Call<'_>) -> Outcome {
@@ -202,7 +285,9 @@ fn brk(call: &mut Call<'_>) -> Outcome {
 
 fn msync(call: &mut Call<'_>) -> Outcome {
     let (start, length, flags) = (call.raw(0) as usize, call.length(1), call.unsigned(2));
-    if start % PAGE_SIZE != 0 || flags & !(linux::MS_ASYNC | linux::MS_SYNC | linux::MS_INVALIDATE) != 0 {
+    if start % PAGE_SIZE != 0
+        || flags & !(linux::MS_ASYNC | linux::MS_SYNC | linux::MS_INVALIDATE) != 0
+    {
         return Outcome::fail(Errno::EINVAL);
     }
     let Some(end) = page_round_up(length).and_then(|length| start.checked_add(length)) else {
@@ -215,7 +300,9 @@ fn msync(call: &mut Call<'_>) -> Outcome {
         }
         memory
             .areas()
-            .filter(|area| area.start < end && area.end > start && area.flags.contains(AreaFlags::SHARED))
+            .filter(|area| {
+                area.start < end && area.end > start && area.flags.contains(AreaFlags::SHARED)
+            })
             .filter_map(|area| area.file.as_ref().map(|file| Arc::clone(&file.inode)))
             .collect()
     };
@@ -251,9 +338,13 @@ fn mincore(call: &mut Call<'_>) -> Outcome {
 
 fn mlock(call: &mut Call<'_>) -> Outcome {
     let start = call.raw(0) as usize & !(PAGE_SIZE - 1);
-    let end = (call.raw(0) as usize).checked_add(call.length(1)).and_then(page_round_up);
+    let end = (call.raw(0) as usize)
+        .checked_add(call.length(1))
+        .and_then(page_round_up);
     match end {
-        Some(end) if call.process().memory.lock().is_range_mapped(start, end) => Outcome::Done(Ok(0)),
+        Some(end) if call.process().memory.lock().is_range_mapped(start, end) => {
+            Outcome::Done(Ok(0))
+        }
         _ => Outcome::fail(Errno::ENOMEM),
     }
 }
@@ -261,7 +352,11 @@ fn mlock(call: &mut Call<'_>) -> Outcome {
 fn mlockall(call: &mut Call<'_>) -> Outcome {
     let known = linux::MCL_CURRENT | linux::MCL_FUTURE | linux::MCL_ONFAULT;
     let flags = call.unsigned(0);
-    if flags == 0 || flags & !known != 0 { Outcome::fail(Errno::EINVAL) } else { Outcome::Done(Ok(0)) }
+    if flags == 0 || flags & !known != 0 {
+        Outcome::fail(Errno::EINVAL)
+    } else {
+        Outcome::Done(Ok(0))
+    }
 }
 
 fn munlockall(_: &mut Call<'_>) -> Outcome {

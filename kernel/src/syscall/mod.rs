@@ -97,7 +97,10 @@ pub enum Outcome {
 
 impl Outcome {
     /// A call that waits.
-    pub fn wait(restart: Restart, future: impl Future<Output = Result<u64>> + Send + 'static) -> Outcome {
+    pub fn wait(
+        restart: Restart,
+        future: impl Future<Output = Result<u64>> + Send + 'static,
+    ) -> Outcome {
         Outcome::Wait(Box::pin(future), restart)
     }
 
@@ -149,7 +152,9 @@ pub fn retry_on_file(
         Err(Errno::EAGAIN) if !file.is_non_blocking() => {
             let file = Arc::clone(file);
             Outcome::wait(restart, async move {
-                crate::file::watch::retry(Arc::clone(&file.file), interest, attempt).await.map(|count| count as u64)
+                crate::file::watch::retry(Arc::clone(&file.file), interest, attempt)
+                    .await
+                    .map(|count| count as u64)
             })
         }
         result => result.into(),

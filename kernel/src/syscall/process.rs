@@ -5,51 +5,220 @@ use alloc::{string::String, vec::Vec};
 use linux_raw_sys::general as linux;
 
 use super::{Call, Entry, Outcome, time::process_cpu_time};
-use crate::{
-    Errno, Result,
-    memory::user,
-    task::Credentials,
-    time::to_timeval,
-    trace,
-};
+use crate::{Errno, Result, memory::user, task::Credentials, time::to_timeval, trace};
 
 /// The supported calls.
 pub const CALLS: &[Entry] = &[
-    Entry { number: linux::__NR_getpid, name: "getpid", handler: getpid, limits: "" },
-    Entry { number: linux::__NR_getppid, name: "getppid", handler: getppid, limits: "0: there is no parent" },
-    Entry { number: linux::__NR_getpgrp, name: "getpgrp", handler: getpid, limits: "" },
-    Entry { number: linux::__NR_getpgid, name: "getpgid", handler: getpgid, limits: "" },
-    Entry { number: linux::__NR_setpgid, name: "setpgid", handler: setpgid, limits: "EPERM: the first process leads its group" },
-    Entry { number: linux::__NR_getsid, name: "getsid", handler: getpgid, limits: "" },
-    Entry { number: linux::__NR_setsid, name: "setsid", handler: setsid, limits: "EPERM: the first process leads its session" },
-    Entry { number: linux::__NR_getuid, name: "getuid", handler: getuid, limits: "" },
-    Entry { number: linux::__NR_geteuid, name: "geteuid", handler: geteuid, limits: "" },
-    Entry { number: linux::__NR_getgid, name: "getgid", handler: getgid, limits: "" },
-    Entry { number: linux::__NR_getegid, name: "getegid", handler: getegid, limits: "" },
-    Entry { number: linux::__NR_getresuid, name: "getresuid", handler: getresuid, limits: "" },
-    Entry { number: linux::__NR_getresgid, name: "getresgid", handler: getresgid, limits: "" },
-    Entry { number: linux::__NR_setuid, name: "setuid", handler: setuid, limits: "for all threads" },
-    Entry { number: linux::__NR_setgid, name: "setgid", handler: setgid, limits: "for all threads" },
-    Entry { number: linux::__NR_setreuid, name: "setreuid", handler: setreuid, limits: "for all threads" },
-    Entry { number: linux::__NR_setregid, name: "setregid", handler: setregid, limits: "for all threads" },
-    Entry { number: linux::__NR_setresuid, name: "setresuid", handler: setresuid, limits: "for all threads" },
-    Entry { number: linux::__NR_setresgid, name: "setresgid", handler: setresgid, limits: "for all threads" },
-    Entry { number: linux::__NR_getgroups, name: "getgroups", handler: getgroups, limits: "" },
-    Entry { number: linux::__NR_setgroups, name: "setgroups", handler: setgroups, limits: "for all threads" },
-    Entry { number: linux::__NR_uname, name: "uname", handler: uname, limits: "" },
-    Entry { number: linux::__NR_sysinfo, name: "sysinfo", handler: sysinfo, limits: "no load averages" },
-    Entry { number: linux::__NR_getrlimit, name: "getrlimit", handler: getrlimit, limits: "" },
-    Entry { number: linux::__NR_setrlimit, name: "setrlimit", handler: setrlimit, limits: "RLIMIT_NOFILE is enforced; others are kept" },
-    Entry { number: linux::__NR_prlimit64, name: "prlimit64", handler: prlimit64, limits: "RLIMIT_NOFILE is enforced; others are kept" },
-    Entry { number: linux::__NR_getrusage, name: "getrusage", handler: getrusage, limits: "times and largest size only" },
-    Entry { number: linux::__NR_prctl, name: "prctl", handler: prctl, limits: "names, dumpable, no-new-privileges, keepcaps, timer slack, parent-death signal (read), sub-reaper; others: EINVAL" },
-    Entry { number: linux::__NR_arch_prctl, name: "arch_prctl", handler: arch_prctl, limits: "FS only; GS belongs to the kernel: EINVAL" },
-    Entry { number: linux::__NR_getrandom, name: "getrandom", handler: getrandom, limits: "" },
-    Entry { number: linux::__NR_wait4, name: "wait4", handler: wait, limits: "ECHILD: there are no children" },
-    Entry { number: linux::__NR_waitid, name: "waitid", handler: wait, limits: "ECHILD: there are no children" },
-    Entry { number: linux::__NR_capget, name: "capget", handler: capget, limits: "" },
-    Entry { number: linux::__NR_capset, name: "capset", handler: capset, limits: "only to what it has" },
-    Entry { number: linux::__NR_personality, name: "personality", handler: personality, limits: "PER_LINUX only" },
+    Entry {
+        number: linux::__NR_getpid,
+        name: "getpid",
+        handler: getpid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getppid,
+        name: "getppid",
+        handler: getppid,
+        limits: "0: there is no parent",
+    },
+    Entry {
+        number: linux::__NR_getpgrp,
+        name: "getpgrp",
+        handler: getpid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getpgid,
+        name: "getpgid",
+        handler: getpgid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_setpgid,
+        name: "setpgid",
+        handler: setpgid,
+        limits: "EPERM: the first process leads its group",
+    },
+    Entry {
+        number: linux::__NR_getsid,
+        name: "getsid",
+        handler: getpgid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_setsid,
+        name: "setsid",
+        handler: setsid,
+        limits: "EPERM: the first process leads its session",
+    },
+    Entry {
+        number: linux::__NR_getuid,
+        name: "getuid",
+        handler: getuid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_geteuid,
+        name: "geteuid",
+        handler: geteuid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getgid,
+        name: "getgid",
+        handler: getgid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getegid,
+        name: "getegid",
+        handler: getegid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getresuid,
+        name: "getresuid",
+        handler: getresuid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_getresgid,
+        name: "getresgid",
+        handler: getresgid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_setuid,
+        name: "setuid",
+        handler: setuid,
+        limits: "for all threads",
+    },
+    Entry {
+        number: linux::__NR_setgid,
+        name: "setgid",
+        handler: setgid,
+        limits: "for all threads",
+    },
+    Entry {
+        number: linux::__NR_setreuid,
+        name: "setreuid",
+        handler: setreuid,
+        limits: "for all threads",
+    },
+    Entry {
+        number: linux::__NR_setregid,
+        name: "setregid",
+        handler: setregid,
+        limits: "for all threads",
+    },
+    Entry {
+        number: linux::__NR_setresuid,
+        name: "setresuid",
+        handler: setresuid,
+        limits: "for all threads",
+    },
+    Entry {
+        number: linux::__NR_setresgid,
+        name: "setresgid",
+        handler: setresgid,
+        limits: "for all threads",
+    },
+    Entry {
+        number: linux::__NR_getgroups,
+        name: "getgroups",
+        handler: getgroups,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_setgroups,
+        name: "setgroups",
+        handler: setgroups,
+        limits: "for all threads",
+    },
+    Entry {
+        number: linux::__NR_uname,
+        name: "uname",
+        handler: uname,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_sysinfo,
+        name: "sysinfo",
+        handler: sysinfo,
+        limits: "no load averages",
+    },
+    Entry {
+        number: linux::__NR_getrlimit,
+        name: "getrlimit",
+        handler: getrlimit,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_setrlimit,
+        name: "setrlimit",
+        handler: setrlimit,
+        limits: "RLIMIT_NOFILE is enforced; others are kept",
+    },
+    Entry {
+        number: linux::__NR_prlimit64,
+        name: "prlimit64",
+        handler: prlimit64,
+        limits: "RLIMIT_NOFILE is enforced; others are kept",
+    },
+    Entry {
+        number: linux::__NR_getrusage,
+        name: "getrusage",
+        handler: getrusage,
+        limits: "times and largest size only",
+    },
+    Entry {
+        number: linux::__NR_prctl,
+        name: "prctl",
+        handler: prctl,
+        limits: "names, dumpable, no-new-privileges, keepcaps, timer slack, parent-death signal (read), sub-reaper; others: EINVAL",
+    },
+    Entry {
+        number: linux::__NR_arch_prctl,
+        name: "arch_prctl",
+        handler: arch_prctl,
+        limits: "FS only; GS belongs to the kernel: EINVAL",
+    },
+    Entry {
+        number: linux::__NR_getrandom,
+        name: "getrandom",
+        handler: getrandom,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_wait4,
+        name: "wait4",
+        handler: wait,
+        limits: "ECHILD: there are no children",
+    },
+    Entry {
+        number: linux::__NR_waitid,
+        name: "waitid",
+        handler: wait,
+        limits: "ECHILD: there are no children",
+    },
+    Entry {
+        number: linux::__NR_capget,
+        name: "capget",
+        handler: capget,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_capset,
+        name: "capset",
+        handler: capset,
+        limits: "only to what it has",
+    },
+    Entry {
+        number: linux::__NR_personality,
+        name: "personality",
+        handler: personality,
+        limits: "PER_LINUX only",
+    },
 ];
 
 fn done(value: u32) -> Outcome {
@@ -98,8 +267,10 @@ fn getegid(call: &mut Call<'_>) -> Outcome {
 }
 
 fn write_three(call: &Call<'_>, identities: [u32; 3]) -> Outcome {
-    let result =
-        identities.iter().enumerate().try_for_each(|(index, identity)| user::write(call.raw(index), identity));
+    let result = identities
+        .iter()
+        .enumerate()
+        .try_for_each(|(index, identity)| user::write(call.raw(index), identity));
     Outcome::from(result)
 }
 
@@ -149,7 +320,11 @@ fn set_one(call: &Call<'_>, which: &Which) -> Outcome {
         return Outcome::fail(Errno::EINVAL);
     }
     let privileged = call.process().credentials.lock().is_privileged();
-    let new = if privileged { [Some(identity); 3] } else { [None, Some(identity), None] };
+    let new = if privileged {
+        [Some(identity); 3]
+    } else {
+        [None, Some(identity), None]
+    };
     set_three(call, which, new).into()
 }
 
@@ -164,7 +339,11 @@ fn setgid(call: &mut Call<'_>) -> Outcome {
 fn set_two(call: &Call<'_>, which: &Which) -> Outcome {
     let (real, effective) = (wish(call.raw(0)), wish(call.raw(1)));
     // The saved identity follows the effective one when the real one is set (setreuid(2)).
-    let saved = if real.is_some() || effective.is_some() { effective } else { None };
+    let saved = if real.is_some() || effective.is_some() {
+        effective
+    } else {
+        None
+    };
     set_three(call, which, [real, effective, saved]).into()
 }
 
@@ -177,11 +356,21 @@ fn setregid(call: &mut Call<'_>) -> Outcome {
 }
 
 fn setresuid(call: &mut Call<'_>) -> Outcome {
-    set_three(call, &Which::User, [wish(call.raw(0)), wish(call.raw(1)), wish(call.raw(2))]).into()
+    set_three(
+        call,
+        &Which::User,
+        [wish(call.raw(0)), wish(call.raw(1)), wish(call.raw(2))],
+    )
+    .into()
 }
 
 fn setresgid(call: &mut Call<'_>) -> Outcome {
-    set_three(call, &Which::Group, [wish(call.raw(0)), wish(call.raw(1)), wish(call.raw(2))]).into()
+    set_three(
+        call,
+        &Which::Group,
+        [wish(call.raw(0)), wish(call.raw(1)), wish(call.raw(2))],
+    )
+    .into()
 }
 
 fn getgroups(call: &mut Call<'_>) -> Outcome {
@@ -207,10 +396,16 @@ fn setgroups(call: &mut Call<'_>) -> Outcome {
         if !call.process().credentials.lock().is_privileged() {
             return Err(Errno::EPERM);
         }
-        let count = usize::try_from(call.int(0)).ok().filter(|&count| count <= 65536).ok_or(Errno::EINVAL)?;
+        let count = usize::try_from(call.int(0))
+            .ok()
+            .filter(|&count| count <= 65536)
+            .ok_or(Errno::EINVAL)?;
         let groups: Vec<u32> = user::read_many(call.raw(1), count)?;
         let mut credentials = call.process().credentials.lock();
-        *credentials = Credentials { groups, ..credentials.clone() };
+        *credentials = Credentials {
+            groups,
+            ..credentials.clone()
+        };
         Ok(())
     })();
     Outcome::from(result)
@@ -223,7 +418,14 @@ pub const VERSION: &str = concat!("#1 Kiln ", env!("CARGO_PKG_VERSION"));
 
 fn uname(call: &mut Call<'_>) -> Outcome {
     let hostname = call.kernel().hostname();
-    let fields = ["Linux", hostname.as_str(), RELEASE, VERSION, "x86_64", "(none)"];
+    let fields = [
+        "Linux",
+        hostname.as_str(),
+        RELEASE,
+        VERSION,
+        "x86_64",
+        "(none)",
+    ];
     let mut bytes = [0u8; 6 * 65];
     for (slot, field) in bytes.chunks_exact_mut(65).zip(fields) {
         let length = field.len().min(64);
@@ -236,10 +438,27 @@ fn sysinfo(call: &mut Call<'_>) -> Outcome {
     let kernel = call.kernel();
     // struct sysinfo: uptime, loads[3], totalram, freeram, sharedram, bufferram, totalswap, freeswap, procs (u16),
     // totalhigh, freehigh, mem_unit (u32).
-    let free = kernel.memory_limit.saturating_sub(kernel.host.memory_used());
+    let free = kernel
+        .memory_limit
+        .saturating_sub(kernel.host.memory_used());
     let threads = call.process().threads.lock().len() as u64;
     let uptime = kernel.clock.uptime() / crate::time::SECOND;
-    let words = [uptime, 0, 0, 0, kernel.memory_limit, free, 0, 0, 0, 0, threads & 0xffff, 0, 0, 1];
+    let words = [
+        uptime,
+        0,
+        0,
+        0,
+        kernel.memory_limit,
+        free,
+        0,
+        0,
+        0,
+        0,
+        threads & 0xffff,
+        0,
+        0,
+        1,
+    ];
     let mut bytes = [0u8; 14 * 8];
     for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
         chunk.copy_from_slice(&word.to_le_bytes());
@@ -248,7 +467,12 @@ fn sysinfo(call: &mut Call<'_>) -> Outcome {
 }
 
 fn limit_of(call: &Call<'_>, resource: u32) -> Result<(u64, u64)> {
-    call.process().limits.lock().get(resource as usize).copied().ok_or(Errno::EINVAL)
+    call.process()
+        .limits
+        .lock()
+        .get(resource as usize)
+        .copied()
+        .ok_or(Errno::EINVAL)
 }
 
 fn set_limit(call: &Call<'_>, resource: u32, soft: u64, hard: u64) -> Result<()> {
@@ -278,7 +502,9 @@ fn write_limit(address: u64, limit: (u64, u64)) -> Result<()> {
 }
 
 fn getrlimit(call: &mut Call<'_>) -> Outcome {
-    limit_of(call, call.unsigned(0)).and_then(|limit| write_limit(call.raw(1), limit)).into()
+    limit_of(call, call.unsigned(0))
+        .and_then(|limit| write_limit(call.raw(1), limit))
+        .into()
 }
 
 fn setrlimit(call: &mut Call<'_>) -> Outcome {
@@ -424,12 +650,20 @@ fn capget(call: &mut Call<'_>) -> Outcome {
         let id = user::read::<u32>(call.raw(0) + 4)?;
         if version != CAPABILITY_VERSION {
             user::write(call.raw(0), &CAPABILITY_VERSION)?;
-            return if call.raw(1) == 0 { Ok(()) } else { Err(Errno::EINVAL) };
+            return if call.raw(1) == 0 {
+                Ok(())
+            } else {
+                Err(Errno::EINVAL)
+            };
         }
         if id != 0 {
             call.process().thread(id)?;
         }
-        let set = if call.process().credentials.lock().is_privileged() { ALL_CAPABILITIES } else { 0 };
+        let set = if call.process().credentials.lock().is_privileged() {
+            ALL_CAPABILITIES
+        } else {
+            0
+        };
         for (index, word) in [set as u32, (set >> 32) as u32].into_iter().enumerate() {
             let address = call.raw(1) + 12 * index as u64;
             user::write(address, &word)?;
@@ -450,7 +684,8 @@ fn capset(call: &mut Call<'_>) -> Outcome {
         let mut wanted = 0;
         for index in [0, 1] {
             let address = call.raw(1) + 12 * index;
-            wanted |= u64::from(user::read::<u32>(address)? | user::read::<u32>(address + 4)?) << (32 * index);
+            wanted |= u64::from(user::read::<u32>(address)? | user::read::<u32>(address + 4)?)
+                << (32 * index);
         }
         let allowed = if privileged { ALL_CAPABILITIES } else { 0 };
         if wanted & !allowed != 0 {

@@ -17,20 +17,90 @@ use crate::{
 
 /// The supported calls.
 pub const CALLS: &[Entry] = &[
-    Entry { number: linux::__NR_rt_sigaction, name: "rt_sigaction", handler: rt_sigaction, limits: "" },
-    Entry { number: linux::__NR_rt_sigprocmask, name: "rt_sigprocmask", handler: rt_sigprocmask, limits: "" },
-    Entry { number: linux::__NR_rt_sigreturn, name: "rt_sigreturn", handler: rt_sigreturn, limits: "" },
-    Entry { number: linux::__NR_rt_sigpending, name: "rt_sigpending", handler: rt_sigpending, limits: "" },
-    Entry { number: linux::__NR_rt_sigtimedwait, name: "rt_sigtimedwait", handler: rt_sigtimedwait, limits: "" },
-    Entry { number: linux::__NR_rt_sigsuspend, name: "rt_sigsuspend", handler: rt_sigsuspend, limits: "" },
-    Entry { number: linux::__NR_rt_sigqueueinfo, name: "rt_sigqueueinfo", handler: rt_sigqueueinfo, limits: "" },
-    Entry { number: linux::__NR_rt_tgsigqueueinfo, name: "rt_tgsigqueueinfo", handler: rt_tgsigqueueinfo, limits: "" },
-    Entry { number: linux::__NR_sigaltstack, name: "sigaltstack", handler: sigaltstack, limits: "" },
-    Entry { number: linux::__NR_pause, name: "pause", handler: pause, limits: "" },
-    Entry { number: linux::__NR_kill, name: "kill", handler: kill, limits: "one process: itself" },
-    Entry { number: linux::__NR_tkill, name: "tkill", handler: tkill, limits: "" },
-    Entry { number: linux::__NR_tgkill, name: "tgkill", handler: tgkill, limits: "" },
-    Entry { number: linux::__NR_alarm, name: "alarm", handler: alarm, limits: "" },
+    Entry {
+        number: linux::__NR_rt_sigaction,
+        name: "rt_sigaction",
+        handler: rt_sigaction,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_rt_sigprocmask,
+        name: "rt_sigprocmask",
+        handler: rt_sigprocmask,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_rt_sigreturn,
+        name: "rt_sigreturn",
+        handler: rt_sigreturn,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_rt_sigpending,
+        name: "rt_sigpending",
+        handler: rt_sigpending,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_rt_sigtimedwait,
+        name: "rt_sigtimedwait",
+        handler: rt_sigtimedwait,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_rt_sigsuspend,
+        name: "rt_sigsuspend",
+        handler: rt_sigsuspend,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_rt_sigqueueinfo,
+        name: "rt_sigqueueinfo",
+        handler: rt_sigqueueinfo,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_rt_tgsigqueueinfo,
+        name: "rt_tgsigqueueinfo",
+        handler: rt_tgsigqueueinfo,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_sigaltstack,
+        name: "sigaltstack",
+        handler: sigaltstack,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_pause,
+        name: "pause",
+        handler: pause,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_kill,
+        name: "kill",
+        handler: kill,
+        limits: "one process: itself",
+    },
+    Entry {
+        number: linux::__NR_tkill,
+        name: "tkill",
+        handler: tkill,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_tgkill,
+        name: "tgkill",
+        handler: tgkill,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_alarm,
+        name: "alarm",
+        handler: alarm,
+        limits: "",
+    },
     Entry {
         number: linux::__NR_setitimer,
         name: "setitimer",
@@ -49,10 +119,30 @@ pub const CALLS: &[Entry] = &[
         handler: timer_create,
         limits: "not for CPU-time clocks",
     },
-    Entry { number: linux::__NR_timer_settime, name: "timer_settime", handler: timer_settime, limits: "" },
-    Entry { number: linux::__NR_timer_gettime, name: "timer_gettime", handler: timer_gettime, limits: "" },
-    Entry { number: linux::__NR_timer_getoverrun, name: "timer_getoverrun", handler: timer_getoverrun, limits: "" },
-    Entry { number: linux::__NR_timer_delete, name: "timer_delete", handler: timer_delete, limits: "" },
+    Entry {
+        number: linux::__NR_timer_settime,
+        name: "timer_settime",
+        handler: timer_settime,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_timer_gettime,
+        name: "timer_gettime",
+        handler: timer_gettime,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_timer_getoverrun,
+        name: "timer_getoverrun",
+        handler: timer_getoverrun,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_timer_delete,
+        name: "timer_delete",
+        handler: timer_delete,
+        limits: "",
+    },
 ];
 
 /// `SI_USER`, `SI_QUEUE`, `SI_TIMER`, `SI_TKILL`.
@@ -80,15 +170,24 @@ fn rt_sigaction(call: &mut Call<'_>) -> Outcome {
         let new = match call.raw(1) {
             0 => None,
             address => {
-                let [handler, flags, restorer, mask] = user::read_many::<u64>(address, 4)?[..] else {
+                let [handler, flags, restorer, mask] = user::read_many::<u64>(address, 4)?[..]
+                else {
                     return Err(Errno::EFAULT);
                 };
-                Some(Action { handler, flags, restorer, mask })
+                Some(Action {
+                    handler,
+                    flags,
+                    restorer,
+                    mask,
+                })
             }
         };
         let old = signal::action(call.process(), number, new)?;
         if call.raw(2) != 0 {
-            for (index, word) in [old.handler, old.flags, old.restorer, old.mask].iter().enumerate() {
+            for (index, word) in [old.handler, old.flags, old.restorer, old.mask]
+                .iter()
+                .enumerate()
+            {
                 user::write(call.raw(2) + 8 * index as u64, word)?;
             }
         }
@@ -144,7 +243,11 @@ fn rt_sigtimedwait(call: &mut Call<'_>) -> Outcome {
         let set = read_set(call.raw(0), call.raw(3))?.as_mask();
         let deadline = match call.raw(2) {
             0 => NEVER,
-            address => call.kernel().clock.monotonic().saturating_add(from_timespec(&user::read(address)?)?),
+            address => call
+                .kernel()
+                .clock
+                .monotonic()
+                .saturating_add(from_timespec(&user::read(address)?)?),
         };
         Ok((set, deadline))
     })();
@@ -195,7 +298,12 @@ fn pause(_: &mut Call<'_>) -> Outcome {
 }
 
 fn sender(call: &Call<'_>, signal: Signal, code: i32) -> SignalInfo {
-    SignalInfo::from_user(signal, code, call.process().id, call.thread.credentials().uid[0])
+    SignalInfo::from_user(
+        signal,
+        code,
+        call.process().id,
+        call.thread.credentials().uid[0],
+    )
 }
 
 /// Whether a process argument of `kill(2)` means the one process that there is.
@@ -251,14 +359,19 @@ fn read_info(number: u64, address: u64) -> Result<SignalInfo> {
     let bytes: &[u8; INFO_SIZE] = bytes.as_slice().try_into().map_err(|_| Errno::EFAULT)?;
     let info = SignalInfo::from_bytes(signal, bytes);
     // Only the kernel's own codes are positive, and SI_TKILL is tkill's.
-    if info.code >= 0 || info.code == SI_TKILL { Err(Errno::EPERM) } else { Ok(info) }
+    if info.code >= 0 || info.code == SI_TKILL {
+        Err(Errno::EPERM)
+    } else {
+        Ok(info)
+    }
 }
 
 fn rt_sigqueueinfo(call: &mut Call<'_>) -> Outcome {
     if !is_self(call.process(), call.int(0)) {
         return Outcome::fail(Errno::ESRCH);
     }
-    let result = read_info(call.raw(1), call.raw(2)).map(|info| signal::send_to_process(call.process(), info));
+    let result = read_info(call.raw(1), call.raw(2))
+        .map(|info| signal::send_to_process(call.process(), info));
     result.into()
 }
 
@@ -279,9 +392,11 @@ fn sigaltstack(call: &mut Call<'_>) -> Outcome {
     let result = (|| {
         let new = match call.raw(0) {
             0 => None,
-            address => {
-                Some((user::read::<u64>(address)?, user::read::<u64>(address + 16)?, user::read::<u32>(address + 8)?))
-            }
+            address => Some((
+                user::read::<u64>(address)?,
+                user::read::<u64>(address + 16)?,
+                user::read::<u32>(address + 8)?,
+            )),
         };
         let old = signal::alternate_stack(call.thread, stack_pointer, new)?;
         if call.raw(1) != 0 {
@@ -300,7 +415,11 @@ fn sigaltstack(call: &mut Call<'_>) -> Outcome {
 fn arm(process: &Arc<Process>, deadline: u64, interval: u64) -> PosixTimerState {
     let mut timers = process.timers.lock();
     timers.generation += 1;
-    PosixTimerState { deadline, interval, generation: timers.generation }
+    PosixTimerState {
+        deadline,
+        interval,
+        generation: timers.generation,
+    }
 }
 
 /// A task that calls `fire` at each expiration of the setting `state`, as long as `current` says that it holds.
@@ -338,7 +457,11 @@ fn advance(state: &mut PosixTimerState, now: u64) -> i32 {
 }
 
 fn set_real(process: &Arc<Process>, value: u64, interval: u64) -> PosixTimerState {
-    let deadline = if value == 0 { 0 } else { process.kernel.clock.monotonic().saturating_add(value) };
+    let deadline = if value == 0 {
+        0
+    } else {
+        process.kernel.clock.monotonic().saturating_add(value)
+    };
     let state = arm(process, deadline, interval);
     let old = core::mem::replace(&mut process.timers.lock().real, state);
     start(process, state, move |process, now| {
@@ -360,7 +483,9 @@ fn remaining(call: &Call<'_>, state: &PosixTimerState) -> u64 {
     match state.deadline {
         0 => 0,
         // An armed timer never shows zero.
-        deadline => deadline.saturating_sub(call.kernel().clock.monotonic()).max(1),
+        deadline => deadline
+            .saturating_sub(call.kernel().clock.monotonic())
+            .max(1),
     }
 }
 
@@ -372,7 +497,10 @@ fn alarm(call: &mut Call<'_>) -> Outcome {
 
 fn write_itimerval(address: u64, interval: u64, value: u64) -> Result<()> {
     user::write(address, &to_timeval(interval))?;
-    user::write(address + 16, &to_timeval(if value == 0 { 0 } else { value.max(1000) }))
+    user::write(
+        address + 16,
+        &to_timeval(if value == 0 { 0 } else { value.max(1000) }),
+    )
 }
 
 fn setitimer(call: &mut Call<'_>) -> Outcome {
@@ -382,7 +510,10 @@ fn setitimer(call: &mut Call<'_>) -> Outcome {
     let result = (|| {
         let (interval, value) = match call.raw(1) {
             0 => (0, 0),
-            address => (from_timeval(&user::read(address)?)?, from_timeval(&user::read(address + 16)?)?),
+            address => (
+                from_timeval(&user::read(address)?)?,
+                from_timeval(&user::read(address + 16)?)?,
+            ),
         };
         let old = set_real(call.process(), value, interval);
         if call.raw(2) != 0 {
@@ -417,7 +548,9 @@ fn timer_create(call: &mut Call<'_>) -> Outcome {
         };
         let (signal, thread) = match notify {
             linux::SIGEV_NONE => (None, None),
-            linux::SIGEV_SIGNAL | linux::SIGEV_THREAD => (Some(Signal::new(u64::from(signal))?), None),
+            linux::SIGEV_SIGNAL | linux::SIGEV_THREAD => {
+                (Some(Signal::new(u64::from(signal))?), None)
+            }
             linux::SIGEV_THREAD_ID => {
                 call.process().thread(thread).map_err(|_| Errno::EINVAL)?;
                 (Some(Signal::new(u64::from(signal))?), Some(thread))
@@ -426,10 +559,22 @@ fn timer_create(call: &mut Call<'_>) -> Outcome {
         };
         let identifier = {
             let mut timers = call.process().timers.lock();
-            let identifier = (0..).find(|key| !timers.posix.contains_key(key)).ok_or(Errno::EAGAIN)?;
+            let identifier = (0..)
+                .find(|key| !timers.posix.contains_key(key))
+                .ok_or(Errno::EAGAIN)?;
             let value = value.unwrap_or(u64::from(identifier.cast_unsigned()));
             let state = PosixTimerState::default();
-            timers.posix.insert(identifier, PosixTimer { clock, signal, thread, value, state, overrun: 0 });
+            timers.posix.insert(
+                identifier,
+                PosixTimer {
+                    clock,
+                    signal,
+                    thread,
+                    value,
+                    state,
+                    overrun: 0,
+                },
+            );
             identifier
         };
         user::write(call.raw(2), &identifier)
@@ -454,7 +599,8 @@ fn expire_posix(process: &Process, identifier: i32, generation: u64, now: u64) -
             code: SI_TIMER,
             errno: 0,
             fields: [
-                u64::from(identifier.cast_unsigned()) | u64::from(timer.overrun.cast_unsigned()) << 32,
+                u64::from(identifier.cast_unsigned())
+                    | u64::from(timer.overrun.cast_unsigned()) << 32,
                 timer.value,
             ],
         };
@@ -472,8 +618,18 @@ fn timer_settime(call: &mut Call<'_>) -> Outcome {
         let identifier = call.int(0);
         let absolute = call.unsigned(1) & linux::TIMER_ABSTIME != 0;
         let new: linux::itimerspec = user::read(call.raw(2))?;
-        let (value, interval) = (from_timespec(&new.it_value)?, from_timespec(&new.it_interval)?);
-        let clock = call.process().timers.lock().posix.get(&identifier).ok_or(Errno::EINVAL)?.clock;
+        let (value, interval) = (
+            from_timespec(&new.it_value)?,
+            from_timespec(&new.it_interval)?,
+        );
+        let clock = call
+            .process()
+            .timers
+            .lock()
+            .posix
+            .get(&identifier)
+            .ok_or(Errno::EINVAL)?
+            .clock;
         let deadline = match value {
             0 => 0,
             value if absolute => deadline_on(call.kernel(), clock, value)?.max(1),
@@ -506,13 +662,27 @@ fn write_itimerspec(call: &Call<'_>, address: u64, state: &PosixTimerState) -> R
 }
 
 fn timer_gettime(call: &mut Call<'_>) -> Outcome {
-    let state = call.process().timers.lock().posix.get(&call.int(0)).map(|timer| timer.state);
-    let result = state.ok_or(Errno::EINVAL).and_then(|state| write_itimerspec(call, call.raw(1), &state));
+    let state = call
+        .process()
+        .timers
+        .lock()
+        .posix
+        .get(&call.int(0))
+        .map(|timer| timer.state);
+    let result = state
+        .ok_or(Errno::EINVAL)
+        .and_then(|state| write_itimerspec(call, call.raw(1), &state));
     Outcome::from(result)
 }
 
 fn timer_getoverrun(call: &mut Call<'_>) -> Outcome {
-    let overrun = call.process().timers.lock().posix.get(&call.int(0)).map(|timer| timer.overrun);
+    let overrun = call
+        .process()
+        .timers
+        .lock()
+        .posix
+        .get(&call.int(0))
+        .map(|timer| timer.overrun);
     overrun.ok_or(Errno::EINVAL).into()
 }
 

@@ -2,7 +2,9 @@
 
 use linux_raw_sys::general as linux;
 
-use super::{Call, Entry, Outcome, event, file, memory, path, poll, process, signal, socket, thread, time};
+use super::{
+    Call, Entry, Outcome, event, file, memory, path, poll, process, signal, socket, thread, time,
+};
 use crate::{Errno, trace};
 
 /// The tables of the families.
@@ -44,7 +46,11 @@ const fn build() -> [Option<&'static Entry>; NUMBERS] {
 /// The supported call with a number.
 #[must_use]
 pub fn entry(number: u64) -> Option<&'static Entry> {
-    usize::try_from(number).ok().and_then(|number| TABLE.get(number)).copied().flatten()
+    usize::try_from(number)
+        .ok()
+        .and_then(|number| TABLE.get(number))
+        .copied()
+        .flatten()
 }
 
 /// All supported calls, by number.
@@ -83,7 +89,10 @@ fn unsupported(call: &Call<'_>, number: u64) -> Outcome {
         let [a, b, c, d, e, f] = call.arguments;
         trace::unsupported(
             number,
-            format_args!("system call {}({a:#x}, {b:#x}, {c:#x}, {d:#x}, {e:#x}, {f:#x})", name(number)),
+            format_args!(
+                "system call {}({a:#x}, {b:#x}, {c:#x}, {d:#x}, {e:#x}, {f:#x})",
+                name(number)
+            ),
         );
     }
     Outcome::fail(Errno::ENOSYS)
@@ -447,13 +456,19 @@ pub const NAMES: &[(u32, &str)] = &[
     (linux::__NR_epoll_pwait2, "epoll_pwait2"),
     (linux::__NR_mount_setattr, "mount_setattr"),
     (linux::__NR_quotactl_fd, "quotactl_fd"),
-    (linux::__NR_landlock_create_ruleset, "landlock_create_ruleset"),
+    (
+        linux::__NR_landlock_create_ruleset,
+        "landlock_create_ruleset",
+    ),
     (linux::__NR_landlock_add_rule, "landlock_add_rule"),
     (linux::__NR_landlock_restrict_self, "landlock_restrict_self"),
     (linux::__NR_memfd_secret, "memfd_secret"),
     (linux::__NR_process_mrelease, "process_mrelease"),
     (linux::__NR_futex_waitv, "futex_waitv"),
-    (linux::__NR_set_mempolicy_home_node, "set_mempolicy_home_node"),
+    (
+        linux::__NR_set_mempolicy_home_node,
+        "set_mempolicy_home_node",
+    ),
     (linux::__NR_cachestat, "cachestat"),
     (linux::__NR_fchmodat2, "fchmodat2"),
     (linux::__NR_map_shadow_stack, "map_shadow_stack"),

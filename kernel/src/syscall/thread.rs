@@ -28,19 +28,54 @@ pub const CALLS: &[Entry] = &[
         handler: clone3,
         limits: "threads only, as clone",
     },
-    Entry { number: linux::__NR_set_tid_address, name: "set_tid_address", handler: set_tid_address, limits: "" },
-    Entry { number: linux::__NR_set_robust_list, name: "set_robust_list", handler: set_robust_list, limits: "" },
-    Entry { number: linux::__NR_get_robust_list, name: "get_robust_list", handler: get_robust_list, limits: "" },
+    Entry {
+        number: linux::__NR_set_tid_address,
+        name: "set_tid_address",
+        handler: set_tid_address,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_set_robust_list,
+        name: "set_robust_list",
+        handler: set_robust_list,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_get_robust_list,
+        name: "get_robust_list",
+        handler: get_robust_list,
+        limits: "",
+    },
     Entry {
         number: linux::__NR_futex,
         name: "futex",
         handler: futex,
         limits: "no priority inheritance (FUTEX_*_PI): ENOSYS",
     },
-    Entry { number: linux::__NR_gettid, name: "gettid", handler: gettid, limits: "" },
-    Entry { number: linux::__NR_exit, name: "exit", handler: exit, limits: "" },
-    Entry { number: linux::__NR_exit_group, name: "exit_group", handler: exit_group, limits: "" },
-    Entry { number: linux::__NR_sched_yield, name: "sched_yield", handler: sched_yield, limits: "" },
+    Entry {
+        number: linux::__NR_gettid,
+        name: "gettid",
+        handler: gettid,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_exit,
+        name: "exit",
+        handler: exit,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_exit_group,
+        name: "exit_group",
+        handler: exit_group,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_sched_yield,
+        name: "sched_yield",
+        handler: sched_yield,
+        limits: "",
+    },
     Entry {
         number: linux::__NR_sched_getaffinity,
         name: "sched_getaffinity",
@@ -83,8 +118,18 @@ pub const CALLS: &[Entry] = &[
         handler: sched_get_priority_min,
         limits: "",
     },
-    Entry { number: linux::__NR_getcpu, name: "getcpu", handler: getcpu, limits: "one CPU" },
-    Entry { number: linux::__NR_getpriority, name: "getpriority", handler: getpriority, limits: "nice value 0 always" },
+    Entry {
+        number: linux::__NR_getcpu,
+        name: "getcpu",
+        handler: getcpu,
+        limits: "one CPU",
+    },
+    Entry {
+        number: linux::__NR_getpriority,
+        name: "getpriority",
+        handler: getpriority,
+        limits: "nice value 0 always",
+    },
     Entry {
         number: linux::__NR_membarrier,
         name: "membarrier",
@@ -96,7 +141,15 @@ pub const CALLS: &[Entry] = &[
 fn clone(call: &mut Call<'_>) -> Outcome {
     let flags = call.raw(0);
     // The low byte is the exit signal: of no use to a thread.
-    spawn(call, flags & !0xff, call.raw(1), call.raw(2), call.raw(3), call.raw(4)).into()
+    spawn(
+        call,
+        flags & !0xff,
+        call.raw(1),
+        call.raw(2),
+        call.raw(3),
+        call.raw(4),
+    )
+    .into()
 }
 
 fn clone3(call: &mut Call<'_>) -> Outcome {
@@ -105,21 +158,36 @@ fn clone3(call: &mut Call<'_>) -> Outcome {
         if call.raw(1) < 64 {
             return Err(Errno::EINVAL);
         }
-        let words: [u64; 8] = user::read_many(call.raw(0), 8)?.try_into().map_err(|_| Errno::EFAULT)?;
+        let words: [u64; 8] = user::read_many(call.raw(0), 8)?
+            .try_into()
+            .map_err(|_| Errno::EFAULT)?;
         let [flags, _, child_tid, parent_tid, _, stack, stack_size, tls] = words;
-        let top = if stack == 0 { 0 } else { stack.checked_add(stack_size).ok_or(Errno::EINVAL)? };
+        let top = if stack == 0 {
+            0
+        } else {
+            stack.checked_add(stack_size).ok_or(Errno::EINVAL)?
+        };
         spawn(call, flags, top, parent_tid, child_tid, tls)
     })();
     Outcome::from(result)
 }
 
-fn spawn(call: &mut Call<'_>, flags: u64, stack: u64, parent_tid: u64, child_tid: u64, tls: u64) -> Result<u32> {
+fn spawn(
+    call: &mut Call<'_>,
+    flags: u64,
+    stack: u64,
+    parent_tid: u64,
+    child_tid: u64,
+    tls: u64,
+) -> Result<u32> {
     let has = |flag: u32| flags & u64::from(flag) != 0;
     let needed = linux::CLONE_VM | linux::CLONE_SIGHAND | linux::CLONE_THREAD;
     if flags & u64::from(needed) != u64::from(needed) {
         trace::unsupported(
             u64::from(linux::__NR_clone) << 32,
-            format_args!("starting another process (fork, vfork, clone with flags {flags:#x}); only threads can be made"),
+            format_args!(
+                "starting another process (fork, vfork, clone with flags {flags:#x}); only threads can be made"
+            ),
         );
         return Err(Errno::ENOSYS);
     }
@@ -136,11 +204,17 @@ fn spawn(call: &mut Call<'_>, flags: u64, stack: u64, parent_tid: u64, child_tid
         | linux::CLONE_DETACHED
         | linux::CLONE_IO;
     if flags & !u64::from(known) != 0 {
-        trace::unsupported(flags, format_args!("clone of a thread with flags {flags:#x}"));
+        trace::unsupported(
+            flags,
+            format_args!("clone of a thread with flags {flags:#x}"),
+        );
         return Err(Errno::EINVAL);
     }
     if !has(linux::CLONE_FS) || !has(linux::CLONE_FILES) {
-        trace::unsupported(flags, format_args!("a thread with its own descriptors or working directory ({flags:#x})"));
+        trace::unsupported(
+            flags,
+            format_args!("a thread with its own descriptors or working directory ({flags:#x})"),
+        );
         return Err(Errno::EINVAL);
     }
     if has(linux::CLONE_SETTLS) && tls >= 1 << 47 {
@@ -174,7 +248,9 @@ fn spawn(call: &mut Call<'_>, flags: u64, stack: u64, parent_tid: u64, child_tid
 }
 
 fn set_tid_address(call: &mut Call<'_>) -> Outcome {
-    call.thread.clear_on_exit.store(call.raw(0), Ordering::Relaxed);
+    call.thread
+        .clear_on_exit
+        .store(call.raw(0), Ordering::Relaxed);
     Outcome::Done(Ok(u64::from(call.thread.id)))
 }
 
@@ -185,7 +261,9 @@ fn set_robust_list(call: &mut Call<'_>) -> Outcome {
     if call.raw(1) != ROBUST_HEAD {
         return Outcome::fail(Errno::EINVAL);
     }
-    call.thread.robust_list.store(call.raw(0), Ordering::Relaxed);
+    call.thread
+        .robust_list
+        .store(call.raw(0), Ordering::Relaxed);
     Outcome::Done(Ok(0))
 }
 
@@ -216,17 +294,26 @@ fn futex(call: &mut Call<'_>) -> Outcome {
     let count = |raw: u64| usize::try_from(raw as i32).unwrap_or(0);
     match command {
         linux::FUTEX_WAIT | linux::FUTEX_WAIT_BITSET => {
-            let bits = if command == linux::FUTEX_WAIT { futex::ANY } else { call.unsigned(5) };
+            let bits = if command == linux::FUTEX_WAIT {
+                futex::ANY
+            } else {
+                call.unsigned(5)
+            };
             let relative = command == linux::FUTEX_WAIT;
             futex_wait(call, address, value, bits, clock, relative)
         }
-        linux::FUTEX_WAKE => Outcome::from(check_futex(address).map(|()| table.wake(address, count(call.raw(2)).max(1), futex::ANY))),
+        linux::FUTEX_WAKE => Outcome::from(
+            check_futex(address)
+                .map(|()| table.wake(address, count(call.raw(2)).max(1), futex::ANY)),
+        ),
         linux::FUTEX_WAKE_BITSET => {
             let bits = call.unsigned(5);
             if bits == 0 {
                 return Outcome::fail(Errno::EINVAL);
             }
-            Outcome::from(check_futex(address).map(|()| table.wake(address, count(call.raw(2)).max(1), bits)))
+            Outcome::from(
+                check_futex(address).map(|()| table.wake(address, count(call.raw(2)).max(1), bits)),
+            )
         }
         linux::FUTEX_REQUEUE | linux::FUTEX_CMP_REQUEUE => {
             let result = (|| {
@@ -235,7 +322,9 @@ fn futex(call: &mut Call<'_>) -> Outcome {
                 if call.int(2) < 0 || call.int(3) < 0 {
                     return Err(Errno::EINVAL);
                 }
-                if command == linux::FUTEX_CMP_REQUEUE && user::read::<u32>(address)? != call.unsigned(5) {
+                if command == linux::FUTEX_CMP_REQUEUE
+                    && user::read::<u32>(address)? != call.unsigned(5)
+                {
                     return Err(Errno::EAGAIN);
                 }
                 Ok(table.requeue(address, count(call.raw(2)), call.raw(4), count(call.raw(3))))
@@ -272,7 +361,14 @@ fn check_futex(address: u64) -> Result<()> {
     user::UserRange::new(address, 4).map(drop)
 }
 
-fn futex_wait(call: &Call<'_>, address: u64, value: u32, bits: u32, clock: u32, relative: bool) -> Outcome {
+fn futex_wait(
+    call: &Call<'_>,
+    address: u64,
+    value: u32,
+    bits: u32,
+    clock: u32,
+    relative: bool,
+) -> Outcome {
     let prepared = (|| {
         let deadline = match call.raw(3) {
             0 => NEVER,
@@ -292,13 +388,20 @@ fn futex_wait(call: &Call<'_>, address: u64, value: u32, bits: u32, clock: u32, 
         Ok((deadline, wait)) => {
             let kernel = Arc::clone(call.kernel());
             // Linux restarts a wait without a timeout; one with a relative timeout would start over, so it ends.
-            let restart = if deadline == NEVER { Restart::WithFlag } else { Restart::Never };
+            let restart = if deadline == NEVER {
+                Restart::WithFlag
+            } else {
+                Restart::Never
+            };
             Outcome::wait(restart, async move {
                 if deadline == NEVER {
                     wait.await;
                     return Ok(0);
                 }
-                time::timeout(&kernel, deadline, wait).await.map(|()| 0).ok_or(Errno::ETIMEDOUT)
+                time::timeout(&kernel, deadline, wait)
+                    .await
+                    .map(|()| 0)
+                    .ok_or(Errno::ETIMEDOUT)
             })
         }
     }
@@ -309,7 +412,11 @@ fn futex_operation(address: u64, encoded: u32) -> Result<bool> {
     let sign = |bits: u32| ((bits << 20) as i32 >> 20) as u32;
     let operand = sign(encoded >> 12 & 0xfff);
     let comparand = sign(encoded & 0xfff);
-    let operand = if encoded >> 28 & 8 != 0 { 1u32.wrapping_shl(operand & 31) } else { operand };
+    let operand = if encoded >> 28 & 8 != 0 {
+        1u32.wrapping_shl(operand & 31)
+    } else {
+        operand
+    };
     let old = user::read::<u32>(address)?;
     let new = match encoded >> 28 & 7 {
         0 => operand,
@@ -381,7 +488,11 @@ fn sched_setaffinity(call: &mut Call<'_>) -> Outcome {
     let result = (|| {
         check_thread(call)?;
         let bytes = user::read_bytes(call.raw(2), call.length(1).min(1024))?;
-        if bytes.first().is_some_and(|byte| byte & 1 != 0) { Ok(()) } else { Err(Errno::EINVAL) }
+        if bytes.first().is_some_and(|byte| byte & 1 != 0) {
+            Ok(())
+        } else {
+            Err(Errno::EINVAL)
+        }
     })();
     Outcome::from(result)
 }
@@ -404,13 +515,17 @@ fn sched_setscheduler(call: &mut Call<'_>) -> Outcome {
 }
 
 fn sched_getparam(call: &mut Call<'_>) -> Outcome {
-    check_thread(call).and_then(|()| user::write(call.raw(1), &0i32)).into()
+    check_thread(call)
+        .and_then(|()| user::write(call.raw(1), &0i32))
+        .into()
 }
 
 fn priority_range(policy: u32) -> Result<(u32, u32)> {
     match policy {
         linux::SCHED_FIFO | linux::SCHED_RR => Ok((1, 99)),
-        linux::SCHED_NORMAL | linux::SCHED_BATCH | linux::SCHED_IDLE | linux::SCHED_DEADLINE => Ok((0, 0)),
+        linux::SCHED_NORMAL | linux::SCHED_BATCH | linux::SCHED_IDLE | linux::SCHED_DEADLINE => {
+            Ok((0, 0))
+        }
         _ => Err(Errno::EINVAL),
     }
 }

@@ -15,13 +15,48 @@ use crate::{
 
 /// The supported calls.
 pub const CALLS: &[Entry] = &[
-    Entry { number: linux::__NR_clock_gettime, name: "clock_gettime", handler: clock_gettime, limits: "" },
-    Entry { number: linux::__NR_clock_getres, name: "clock_getres", handler: clock_getres, limits: "" },
-    Entry { number: linux::__NR_gettimeofday, name: "gettimeofday", handler: gettimeofday, limits: "" },
-    Entry { number: linux::__NR_time, name: "time", handler: time, limits: "" },
-    Entry { number: linux::__NR_nanosleep, name: "nanosleep", handler: nanosleep, limits: "" },
-    Entry { number: linux::__NR_clock_nanosleep, name: "clock_nanosleep", handler: clock_nanosleep, limits: "" },
-    Entry { number: linux::__NR_times, name: "times", handler: times, limits: "system time counts as user time" },
+    Entry {
+        number: linux::__NR_clock_gettime,
+        name: "clock_gettime",
+        handler: clock_gettime,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_clock_getres,
+        name: "clock_getres",
+        handler: clock_getres,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_gettimeofday,
+        name: "gettimeofday",
+        handler: gettimeofday,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_time,
+        name: "time",
+        handler: time,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_nanosleep,
+        name: "nanosleep",
+        handler: nanosleep,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_clock_nanosleep,
+        name: "clock_nanosleep",
+        handler: clock_nanosleep,
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_times,
+        name: "times",
+        handler: times,
+        limits: "system time counts as user time",
+    },
 ];
 
 /// What a clock shows, in nanoseconds.
@@ -31,9 +66,10 @@ pub const CALLS: &[Entry] = &[
 pub fn read_clock(thread: &Thread, clock: u32) -> Result<u64> {
     let kernel = thread.kernel();
     Ok(match clock {
-        linux::CLOCK_REALTIME | linux::CLOCK_REALTIME_COARSE | linux::CLOCK_REALTIME_ALARM | linux::CLOCK_TAI => {
-            kernel.clock.realtime()
-        }
+        linux::CLOCK_REALTIME
+        | linux::CLOCK_REALTIME_COARSE
+        | linux::CLOCK_REALTIME_ALARM
+        | linux::CLOCK_TAI => kernel.clock.realtime(),
         linux::CLOCK_MONOTONIC
         | linux::CLOCK_MONOTONIC_RAW
         | linux::CLOCK_MONOTONIC_COARSE
@@ -48,8 +84,12 @@ pub fn read_clock(thread: &Thread, clock: u32) -> Result<u64> {
 /// Nanoseconds of CPU time of all threads, living and gone.
 pub fn process_cpu_time(thread: &Thread) -> u64 {
     let process = &thread.process;
-    let living: u64 =
-        process.threads.lock().values().map(|thread| thread.cpu_time()).sum();
+    let living: u64 = process
+        .threads
+        .lock()
+        .values()
+        .map(|thread| thread.cpu_time())
+        .sum();
     process.cpu_time.load(Ordering::Relaxed) + living
 }
 
@@ -74,12 +114,18 @@ fn clock_gettime(call: &mut Call<'_>) -> Outcome {
 }
 
 fn clock_getres(call: &mut Call<'_>) -> Outcome {
-    let coarse = matches!(call.unsigned(0), linux::CLOCK_REALTIME_COARSE | linux::CLOCK_MONOTONIC_COARSE);
+    let coarse = matches!(
+        call.unsigned(0),
+        linux::CLOCK_REALTIME_COARSE | linux::CLOCK_MONOTONIC_COARSE
+    );
     let result = read_clock(call.thread, call.unsigned(0)).and_then(|_| {
         if call.raw(1) == 0 {
             return Ok(());
         }
-        user::write(call.raw(1), &to_timespec(if coarse { 4_000_000 } else { 1 }))
+        user::write(
+            call.raw(1),
+            &to_timespec(if coarse { 4_000_000 } else { 1 }),
+        )
     });
     result.into()
 }
@@ -91,7 +137,13 @@ fn gettimeofday(call: &mut Call<'_>) -> Outcome {
             user::write(call.raw(0), &to_timeval(now))?;
         }
         if call.raw(1) != 0 {
-            user::write(call.raw(1), &linux::timezone { tz_minuteswest: 0, tz_dsttime: 0 })?;
+            user::write(
+                call.raw(1),
+                &linux::timezone {
+                    tz_minuteswest: 0,
+                    tz_dsttime: 0,
+                },
+            )?;
         }
         Ok(())
     })();
@@ -109,7 +161,13 @@ fn time(call: &mut Call<'_>) -> Outcome {
 }
 
 fn nanosleep(call: &mut Call<'_>) -> Outcome {
-    sleep(call, linux::CLOCK_MONOTONIC, false, call.raw(0), call.raw(1))
+    sleep(
+        call,
+        linux::CLOCK_MONOTONIC,
+        false,
+        call.raw(0),
+        call.raw(1),
+    )
 }
 
 fn clock_nanosleep(call: &mut Call<'_>) -> Outcome {
@@ -136,21 +194,27 @@ impl Drop for Remaining {
 
 fn sleep(call: &Call<'_>, clock: u32, absolute: bool, request: u64, remaining: u64) -> Outcome {
     let kernel = Arc::clone(call.kernel());
-    let deadline = user::read(request).and_then(|time| from_timespec(&time)).and_then(|time| {
-        if absolute {
-            deadline_on(&kernel, clock, time)
-        } else {
-            deadline_on(&kernel, clock, 0)?;
-            Ok(kernel.clock.monotonic().saturating_add(time))
-        }
-    });
+    let deadline = user::read(request)
+        .and_then(|time| from_timespec(&time))
+        .and_then(|time| {
+            if absolute {
+                deadline_on(&kernel, clock, time)
+            } else {
+                deadline_on(&kernel, clock, 0)?;
+                Ok(kernel.clock.monotonic().saturating_add(time))
+            }
+        });
     let deadline = match deadline {
         Ok(deadline) => deadline,
         Err(error) => return Outcome::fail(error),
     };
     let address = if absolute { 0 } else { remaining };
     Outcome::wait(Restart::Never, async move {
-        let mut rest = Remaining { kernel: Arc::clone(&kernel), deadline, address };
+        let mut rest = Remaining {
+            kernel: Arc::clone(&kernel),
+            deadline,
+            address,
+        };
         sleep_until(&kernel, deadline).await;
         rest.address = 0;
         Ok(0)

@@ -17,7 +17,11 @@ impl Credentials {
     /// All identities the same.
     #[must_use]
     pub fn new(uid: u32, gid: u32) -> Credentials {
-        Credentials { uid: [uid; 3], gid: [gid; 3], groups: Vec::new() }
+        Credentials {
+            uid: [uid; 3],
+            gid: [gid; 3],
+            groups: Vec::new(),
+        }
     }
 
     /// The user that file accesses are checked for.

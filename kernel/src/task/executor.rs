@@ -64,12 +64,20 @@ impl Executor {
 
     /// Polls the task that has been ready longest. False when none is.
     pub fn run_one(&self) -> bool {
-        let Some(task) = self.queue.lock().pop_front() else { return false };
+        let Some(task) = self.queue.lock().pop_front() else {
+            return false;
+        };
         task.queued.store(false, Ordering::Relaxed);
         // Taken out while it runs, so that its own wake-ups and its end need no lock.
-        let Some(mut future) = task.future.lock().take() else { return true };
+        let Some(mut future) = task.future.lock().take() else {
+            return true;
+        };
         let waker = Waker::from(Arc::clone(&task));
-        if future.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
+        if future
+            .as_mut()
+            .poll(&mut Context::from_waker(&waker))
+            .is_pending()
+        {
             *task.future.lock() = Some(future);
         }
         true

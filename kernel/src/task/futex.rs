@@ -48,8 +48,15 @@ impl FutexTable {
             address: Mutex::new(address),
             waker: Mutex::new(None),
         });
-        self.0.lock().entry(address).or_default().push_back(Arc::clone(&waiter));
-        Ok(FutexWait { table: Arc::clone(&self.0), waiter })
+        self.0
+            .lock()
+            .entry(address)
+            .or_default()
+            .push_back(Arc::clone(&waiter));
+        Ok(FutexWait {
+            table: Arc::clone(&self.0),
+            waiter,
+        })
     }
 
     /// Wakes up to `count` waiters with any of `bits`; returns how many.
@@ -58,8 +65,12 @@ impl FutexTable {
         while woken < count {
             let waiter = {
                 let mut table = self.0.lock();
-                let Some(queue) = table.get_mut(&address) else { break };
-                let Some(index) = queue.iter().position(|waiter| waiter.bits & bits != 0) else { break };
+                let Some(queue) = table.get_mut(&address) else {
+                    break;
+                };
+                let Some(index) = queue.iter().position(|waiter| waiter.bits & bits != 0) else {
+                    break;
+                };
                 let waiter = queue.remove(index);
                 if queue.is_empty() {
                     table.remove(&address);
@@ -149,7 +160,9 @@ mod tests {
 
     fn is_ready(wait: &mut FutexWait) -> bool {
         let waker = Waker::from(Arc::new(Nothing));
-        Pin::new(wait).poll(&mut Context::from_waker(&waker)).is_ready()
+        Pin::new(wait)
+            .poll(&mut Context::from_waker(&waker))
+            .is_ready()
     }
 
     #[test]

@@ -109,7 +109,8 @@ impl Process {
         limits[linux::RLIMIT_MEMLOCK as usize] = (64 << 10, 64 << 10);
         limits[linux::RLIMIT_NICE as usize] = (0, 0);
         limits[linux::RLIMIT_RTPRIO as usize] = (0, 0);
-        limits[linux::RLIMIT_SIGPENDING as usize] = (signal::MAX_QUEUED as u64, signal::MAX_QUEUED as u64);
+        limits[linux::RLIMIT_SIGPENDING as usize] =
+            (signal::MAX_QUEUED as u64, signal::MAX_QUEUED as u64);
         limits[linux::RLIMIT_MSGQUEUE as usize] = (819_200, 819_200);
         limits[linux::RLIMIT_NPROC as usize] = (1 << 15, 1 << 15);
         Arc::new(Process {
@@ -153,7 +154,10 @@ impl Process {
     /// A soft resource limit (`RLIMIT_*`).
     #[must_use]
     pub fn limit(&self, resource: u32) -> u64 {
-        self.limits.lock().get(resource as usize).map_or(UNLIMITED, |limit| limit.0)
+        self.limits
+            .lock()
+            .get(resource as usize)
+            .map_or(UNLIMITED, |limit| limit.0)
     }
 
     /// Makes a thread (not yet running) and counts it among the living.

@@ -148,19 +148,34 @@ impl SignalInfo {
     /// A signal that the kernel sends of itself (`SI_KERNEL`).
     #[must_use]
     pub fn from_kernel(signal: Signal) -> SignalInfo {
-        SignalInfo { signal, code: 0x80, errno: 0, fields: [0; 2] }
+        SignalInfo {
+            signal,
+            code: 0x80,
+            errno: 0,
+            fields: [0; 2],
+        }
     }
 
     /// A signal sent with `kill(2)` (`code` = `SI_USER`) or `tgkill(2)` (`SI_TKILL`).
     #[must_use]
     pub fn from_user(signal: Signal, code: i32, process: u32, uid: u32) -> SignalInfo {
-        SignalInfo { signal, code, errno: 0, fields: [u64::from(process) | u64::from(uid) << 32, 0] }
+        SignalInfo {
+            signal,
+            code,
+            errno: 0,
+            fields: [u64::from(process) | u64::from(uid) << 32, 0],
+        }
     }
 
     /// A signal for a fault at an address.
     #[must_use]
     pub fn fault(signal: Signal, code: i32, address: u64) -> SignalInfo {
-        SignalInfo { signal, code, errno: 0, fields: [address, 0] }
+        SignalInfo {
+            signal,
+            code,
+            errno: 0,
+            fields: [address, 0],
+        }
     }
 
     /// The bytes of `siginfo_t`.
@@ -355,7 +370,9 @@ pub fn send_to_thread(thread: &Thread, info: SignalInfo) {
         let mut signals = thread.signals.lock();
         let wanted = signals.mask.contains(info.signal)
             || signals.awaited.contains(info.signal)
-            || signals.saved_mask.is_some_and(|mask| mask.contains(info.signal));
+            || signals
+                .saved_mask
+                .is_some_and(|mask| mask.contains(info.signal));
         if !wanted && is_ignored(&thread.process, info.signal) {
             return;
         }
@@ -394,8 +411,19 @@ pub fn send_to_process(process: &Process, info: SignalInfo) {
 
 /// Takes a queued signal out of `set`, thread's first, whether blocked or not (`sigtimedwait`, `signalfd`).
 pub fn take_from(thread: &Thread, set: SignalSet) -> Option<SignalInfo> {
-    let own = thread.signals.lock().pending.take(|signal| set.contains(signal));
-    own.or_else(|| thread.process.signals.lock().pending.take(|signal| set.contains(signal)))
+    let own = thread
+        .signals
+        .lock()
+        .pending
+        .take(|signal| set.contains(signal));
+    own.or_else(|| {
+        thread
+            .process
+            .signals
+            .lock()
+            .pending
+            .take(|signal| set.contains(signal))
+    })
 }
 
 /// Signals queued for the thread or its process.
@@ -477,7 +505,11 @@ pub fn action(process: &Process, signal: Signal, new: Option<Action>) -> Result<
 ///
 /// # Errors
 /// `EPERM` while running on it, `ENOMEM` when too small, `EINVAL` for unknown flags.
-pub fn alternate_stack(thread: &Thread, stack_pointer: u64, new: Option<(u64, u64, u32)>) -> Result<AlternateStack> {
+pub fn alternate_stack(
+    thread: &Thread,
+    stack_pointer: u64,
+    new: Option<(u64, u64, u32)>,
+) -> Result<AlternateStack> {
     let mut signals = thread.signals.lock();
     let old = signals.alternate;
     if let Some((base, size, flags)) = new {
@@ -491,7 +523,11 @@ pub fn alternate_stack(thread: &Thread, stack_pointer: u64, new: Option<(u64, u6
                 if size < u64::from(linux::MINSIGSTKSZ) {
                     return Err(Errno::ENOMEM);
                 }
-                AlternateStack { base, size, flags: flags & SS_AUTODISARM }
+                AlternateStack {
+                    base,
+                    size,
+                    flags: flags & SS_AUTODISARM,
+                }
             }
             _ => return Err(Errno::EINVAL),
         };
@@ -549,12 +585,18 @@ const MAGIC2: u32 = 0x4650_5845;
 const UC_FLAGS: u64 = 0x7;
 
 /// Looks for signals and acts on the first that is to be handled. Called before a thread goes back to its program.
-pub fn deliver(thread: &Arc<Thread>, context: &mut UserContext, mut interrupted: Option<Interrupted>) -> Delivery {
+pub fn deliver(
+    thread: &Arc<Thread>,
+    context: &mut UserContext,
+    mut interrupted: Option<Interrupted>,
+) -> Delivery {
     thread.attention.store(false, Ordering::Relaxed);
     let mut handled = false;
     let delivery = loop {
         let mask = thread.signals.lock().mask;
-        let Some(info) = take_from(thread, SignalSet(!mask.0)) else { break Delivery::Continue };
+        let Some(info) = take_from(thread, SignalSet(!mask.0)) else {
+            break Delivery::Continue;
+        };
         let slot = usize::from(info.signal.0 - 1);
         let action = thread.process.signals.lock().actions[slot];
         let fatal = Delivery::Terminate(SignalInfoEnd {
@@ -572,7 +614,11 @@ pub fn deliver(thread: &Arc<Thread>, context: &mut UserContext, mut interrupted:
             _ => {}
         }
         if let Some(call) = interrupted.take() {
-            finish_interrupted(context, call, action.flags & u64::from(linux::SA_RESTART) != 0);
+            finish_interrupted(
+                context,
+                call,
+                action.flags & u64::from(linux::SA_RESTART) != 0,
+            );
         }
         if enter_handler(thread, context, &action, &info).is_err() {
             // No room on the stack: Linux ends the program with SIGSEGV.
@@ -589,7 +635,14 @@ pub fn deliver(thread: &Arc<Thread>, context: &mut UserContext, mut interrupted:
     };
     if let Some(call) = interrupted {
         // No handler ran: the call is made again as if nothing had happened.
-        finish_interrupted(context, Interrupted { restartable: true, ..call }, true);
+        finish_interrupted(
+            context,
+            Interrupted {
+                restartable: true,
+                ..call
+            },
+            true,
+        );
     } else if !handled {
         end_temporary_mask(thread);
     }
@@ -606,7 +659,12 @@ fn finish_interrupted(context: &mut UserContext, call: Interrupted, restart: boo
     }
 }
 
-fn enter_handler(thread: &Arc<Thread>, context: &mut UserContext, action: &Action, info: &SignalInfo) -> Result<()> {
+fn enter_handler(
+    thread: &Arc<Thread>,
+    context: &mut UserContext,
+    action: &Action,
+    info: &SignalInfo,
+) -> Result<()> {
     let cpu = &thread.kernel().cpu;
     let mut image = cpu.save_extended(context);
     let components = cpu.extended_mask();
@@ -627,21 +685,32 @@ fn enter_handler(thread: &Arc<Thread>, context: &mut UserContext, action: &Actio
     let switch = action.flags & u64::from(linux::SA_ONSTACK) != 0
         && alternate.size != 0
         && !alternate.contains(registers.rsp);
-    let top = if switch { alternate.base + alternate.size } else { registers.rsp.wrapping_sub(RED_ZONE) };
+    let top = if switch {
+        alternate.base + alternate.size
+    } else {
+        registers.rsp.wrapping_sub(RED_ZONE)
+    };
     let fpstate = top.wrapping_sub(image.len() as u64) & !63;
     let frame = (fpstate.wrapping_sub(FRAME as u64) & !15).wrapping_sub(8);
 
     let mut bytes = [0u8; FRAME];
     let mut put = |at: usize, value: u64| bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
     put(0, action.restorer);
-    put(8, if components != 0 { UC_FLAGS } else { UC_FLAGS & !1 });
+    put(
+        8,
+        if components != 0 {
+            UC_FLAGS
+        } else {
+            UC_FLAGS & !1
+        },
+    );
     put(24, alternate.base);
     put(32, u64::from(alternate.state(registers.rsp)));
     put(40, alternate.size);
     let r = &registers;
     let words = [
-        r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx, r.rax, r.rcx, r.rsp,
-        r.rip, r.rflags,
+        r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx,
+        r.rax, r.rcx, r.rsp, r.rip, r.rflags,
     ];
     for (index, word) in words.into_iter().enumerate() {
         put(48 + index * 8, word);
@@ -699,12 +768,29 @@ pub fn leave_handler(thread: &Arc<Thread>, context: &mut UserContext) -> Result<
     let cpu = &thread.kernel().cpu;
     if fpstate != 0 {
         let image = user::read_bytes(fpstate, cpu.extended_size())?;
-        cpu.load_extended(context, &image).map_err(|_| Errno::EFAULT)?;
+        cpu.load_extended(context, &image)
+            .map_err(|_| Errno::EFAULT)?;
     }
     let r = &mut context.registers;
     for (index, register) in [
-        &mut r.r8, &mut r.r9, &mut r.r10, &mut r.r11, &mut r.r12, &mut r.r13, &mut r.r14, &mut r.r15, &mut r.rdi,
-        &mut r.rsi, &mut r.rbp, &mut r.rbx, &mut r.rdx, &mut r.rax, &mut r.rcx, &mut r.rsp, &mut r.rip, &mut r.rflags,
+        &mut r.r8,
+        &mut r.r9,
+        &mut r.r10,
+        &mut r.r11,
+        &mut r.r12,
+        &mut r.r13,
+        &mut r.r14,
+        &mut r.r15,
+        &mut r.rdi,
+        &mut r.rsi,
+        &mut r.rbp,
+        &mut r.rbx,
+        &mut r.rdx,
+        &mut r.rax,
+        &mut r.rcx,
+        &mut r.rsp,
+        &mut r.rip,
+        &mut r.rflags,
     ]
     .into_iter()
     .enumerate()
@@ -719,7 +805,11 @@ pub fn leave_handler(thread: &Arc<Thread>, context: &mut UserContext) -> Result<
     let mut signals = thread.signals.lock();
     signals.mask = SignalSet(get(MASK_AT)).as_mask();
     if stack.1 != 0 {
-        signals.alternate = AlternateStack { base: stack.0, size: stack.1, flags: stack.2 & SS_AUTODISARM };
+        signals.alternate = AlternateStack {
+            base: stack.0,
+            size: stack.1,
+            flags: stack.2 & SS_AUTODISARM,
+        };
     }
     drop(signals);
     thread.attention.store(true, Ordering::Relaxed);
@@ -793,8 +883,9 @@ mod tests {
         for number in [15, 15, 10, 34, 34] {
             queue.push(SignalInfo::from_kernel(Signal::new(number).unwrap()));
         }
-        let order: Vec<u8> =
-            core::iter::from_fn(|| queue.take(|_| true)).map(|info| info.signal.number()).collect();
+        let order: Vec<u8> = core::iter::from_fn(|| queue.take(|_| true))
+            .map(|info| info.signal.number())
+            .collect();
         assert_eq!(order, [10, 15, 34, 34]);
         assert_eq!(queue.set(), SignalSet(0));
     }

@@ -38,7 +38,9 @@ pub async fn run(thread: Arc<Thread>, mut context: Box<UserContext>) {
             thread.running_since.store(before, Ordering::Relaxed);
             let state = life.as_mut().poll(task);
             thread.running_since.store(0, Ordering::Relaxed);
-            thread.cpu_time.fetch_add(clock.monotonic().saturating_sub(before), Ordering::Relaxed);
+            thread
+                .cpu_time
+                .fetch_add(clock.monotonic().saturating_sub(before), Ordering::Relaxed);
             state
         })
         .await;
@@ -79,7 +81,11 @@ async fn life(thread: &Arc<Thread>, context: &mut UserContext) {
 }
 
 /// Looks at signals and at the end of the process. False when the thread is to end.
-async fn attend(thread: &Arc<Thread>, context: &mut UserContext, interrupted: Option<Interrupted>) -> bool {
+async fn attend(
+    thread: &Arc<Thread>,
+    context: &mut UserContext,
+    interrupted: Option<Interrupted>,
+) -> bool {
     if thread.process.exiting().is_some() {
         return false;
     }
@@ -87,7 +93,9 @@ async fn attend(thread: &Arc<Thread>, context: &mut UserContext, interrupted: Op
         Delivery::Continue => true,
         Delivery::Terminate(end) => {
             report_end(thread, context, end);
-            thread.process.exit(exit_code::SIGNAL_BASE + i32::from(end.signal.number()));
+            thread
+                .process
+                .exit(exit_code::SIGNAL_BASE + i32::from(end.signal.number()));
             false
         }
         Delivery::Stop => {
@@ -100,7 +108,9 @@ async fn attend(thread: &Arc<Thread>, context: &mut UserContext, interrupted: Op
                     set.insert(Signal::KILL);
                     set
                 };
-                if signal::pending(&waiting).0 & wanted.0 != 0 || waiting.process.exiting().is_some() {
+                if signal::pending(&waiting).0 & wanted.0 != 0
+                    || waiting.process.exiting().is_some()
+                {
                     Poll::Ready(())
                 } else {
                     Poll::Pending
@@ -117,9 +127,22 @@ async fn attend(thread: &Arc<Thread>, context: &mut UserContext, interrupted: Op
 async fn system_call(thread: &Arc<Thread>, context: &mut UserContext) -> bool {
     let registers = &context.registers;
     let number = registers.rax;
-    let arguments =
-        [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9];
-    let outcome = syscall::table::dispatch(&mut Call { thread, context, arguments }, number);
+    let arguments = [
+        registers.rdi,
+        registers.rsi,
+        registers.rdx,
+        registers.r10,
+        registers.r8,
+        registers.r9,
+    ];
+    let outcome = syscall::table::dispatch(
+        &mut Call {
+            thread,
+            context,
+            arguments,
+        },
+        number,
+    );
     let result = match outcome {
         Outcome::Done(result) => result,
         Outcome::Registers => return true,
@@ -140,7 +163,10 @@ async fn system_call(thread: &Arc<Thread>, context: &mut UserContext) -> bool {
                 Some(result) => result,
                 None => {
                     trace::system_call(thread, number, &arguments, None);
-                    let interrupted = Interrupted { number, restartable: restart == Restart::WithFlag };
+                    let interrupted = Interrupted {
+                        number,
+                        restartable: restart == Restart::WithFlag,
+                    };
                     return attend(thread, context, Some(interrupted)).await;
                 }
             }
@@ -167,6 +193,16 @@ fn needs_interruption(thread: &Thread) -> bool {
 fn fault(thread: &Arc<Thread>, context: &mut UserContext, kind: TrapKind, trap: Trap) {
     let address = trap.address;
     let rip = context.registers.rip;
+    if kind == TrapKind::Bus && trap.flags & fault_flags::EXHAUSTED != 0 {
+        // As Linux does when a memory limit is reached: no handler could run without memory.
+        trace::error!(
+            "the program has used up the instance's memory and is killed; give it more (-m)"
+        );
+        thread
+            .process
+            .exit(exit_code::SIGNAL_BASE + i32::from(Signal::KILL.number()));
+        return;
+    }
     let info = match kind {
         TrapKind::MemoryFault => {
             // SEGV_ACCERR where something is mapped, else SEGV_MAPERR.
@@ -191,7 +227,13 @@ fn fault(thread: &Arc<Thread>, context: &mut UserContext, kind: TrapKind, trap: 
 fn report_end(thread: &Arc<Thread>, context: &UserContext, end: signal::SignalInfoEnd) {
     let fatal = matches!(
         end.signal,
-        Signal::SEGV | Signal::BUS | Signal::ILL | Signal::FPE | Signal::TRAP | Signal::SYS | Signal::ABRT
+        Signal::SEGV
+            | Signal::BUS
+            | Signal::ILL
+            | Signal::FPE
+            | Signal::TRAP
+            | Signal::SYS
+            | Signal::ABRT
     );
     if !fatal {
         trace::info!("program ended by {:?}", end.signal);
@@ -199,7 +241,8 @@ fn report_end(thread: &Arc<Thread>, context: &UserContext, end: signal::SignalIn
     }
     let r = &context.registers;
     let name = thread.name.lock().clone();
-    trace::error!("{name}[{}]: {:?} (code {}) at address {:#x}, instruction {:#x} {}",
+    trace::error!(
+        "{name}[{}]: {:?} (code {}) at address {:#x}, instruction {:#x} {}",
         thread.id,
         end.signal,
         end.code,
@@ -207,14 +250,41 @@ fn report_end(thread: &Arc<Thread>, context: &UserContext, end: signal::SignalIn
         r.rip,
         place(thread, r.rip)
     );
-    trace::error!("rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}", r.rax, r.rbx, r.rcx, r.rdx);
-    trace::error!("rsi {:016x} rdi {:016x} rbp {:016x} rsp {:016x}", r.rsi, r.rdi, r.rbp, r.rsp);
-    trace::error!("r8  {:016x} r9  {:016x} r10 {:016x} r11 {:016x}", r.r8, r.r9, r.r10, r.r11);
-    trace::error!("r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}", r.r12, r.r13, r.r14, r.r15);
+    trace::error!(
+        "rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}",
+        r.rax,
+        r.rbx,
+        r.rcx,
+        r.rdx
+    );
+    trace::error!(
+        "rsi {:016x} rdi {:016x} rbp {:016x} rsp {:016x}",
+        r.rsi,
+        r.rdi,
+        r.rbp,
+        r.rsp
+    );
+    trace::error!(
+        "r8  {:016x} r9  {:016x} r10 {:016x} r11 {:016x}",
+        r.r8,
+        r.r9,
+        r.r10,
+        r.r11
+    );
+    trace::error!(
+        "r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}",
+        r.r12,
+        r.r13,
+        r.r14,
+        r.r15
+    );
     trace::error!("flags {:08x} fs {:016x}", r.rflags, context.fs_base);
     let mut frame = r.rbp;
     for depth in 0..32 {
-        let (Ok(next), Ok(address)) = (user::read::<u64>(frame), user::read::<u64>(frame.wrapping_add(8))) else {
+        let (Ok(next), Ok(address)) = (
+            user::read::<u64>(frame),
+            user::read::<u64>(frame.wrapping_add(8)),
+        ) else {
             break;
         };
         if address == 0 || next <= frame {
@@ -232,7 +302,9 @@ fn place(thread: &Thread, address: u64) -> String {
         Some((path, offset)) => {
             let symbol = crate::boot::symbols::lookup(thread.kernel(), &path, offset);
             match symbol {
-                Some((name, distance)) => alloc::format!("({name}+{distance:#x} in {path}+{offset:#x})"),
+                Some((name, distance)) => {
+                    alloc::format!("({name}+{distance:#x} in {path}+{offset:#x})")
+                }
                 None => alloc::format!("({path}+{offset:#x})"),
             }
         }
@@ -248,7 +320,9 @@ fn end(thread: &Arc<Thread>) {
         thread.process.futexes.wake(clear, 1, super::futex::ANY);
     }
     let process = &thread.process;
-    process.cpu_time.fetch_add(thread.cpu_time(), Ordering::Relaxed);
+    process
+        .cpu_time
+        .fetch_add(thread.cpu_time(), Ordering::Relaxed);
     *thread.waker.lock() = None;
     let last = {
         let mut threads = process.threads.lock();

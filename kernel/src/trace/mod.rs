@@ -62,8 +62,14 @@ impl Log {
             trace_system_calls: AtomicBool::new(false),
             said: Mutex::new(Vec::new()),
         };
-        for part in filter.unwrap_or("").split(',').filter(|part| !part.is_empty()) {
-            let (topic, level) = part.split_once('=').map_or((None, part), |(topic, level)| (Some(topic), level));
+        for part in filter
+            .unwrap_or("")
+            .split(',')
+            .filter(|part| !part.is_empty())
+        {
+            let (topic, level) = part
+                .split_once('=')
+                .map_or((None, part), |(topic, level)| (Some(topic), level));
             match (topic, Level::parse(level)) {
                 (None, Some(level)) => log.default = level,
                 (Some(topic), Some(level)) => {
@@ -87,7 +93,9 @@ impl Log {
             return true;
         }
         // A topic is a part of a module's path: `net` covers `kiln_kernel::net::stack`.
-        topic.split("::").any(|part| self.topics.get(part).is_some_and(|&shown| level <= shown))
+        topic
+            .split("::")
+            .any(|part| self.topics.get(part).is_some_and(|&shown| level <= shown))
     }
 
     /// Writes a line, whatever the filter says.
@@ -189,7 +197,12 @@ pub fn unsupported(key: u64, what: fmt::Arguments<'_>) {
 
 /// Shows a system call, if that is wanted. `None`: interrupted by a signal.
 #[inline]
-pub fn system_call(thread: &Thread, number: u64, arguments: &[u64; 6], result: Option<Result<u64>>) {
+pub fn system_call(
+    thread: &Thread,
+    number: u64,
+    arguments: &[u64; 6],
+    result: Option<Result<u64>>,
+) {
     if let Some(log) = LOG.get()
         && log.trace_system_calls.load(Ordering::Relaxed)
     {
@@ -208,14 +221,23 @@ fn show_system_call(
     let name = syscall::table::name(number);
     let [a, b, c, d, e, f] = arguments;
     match result {
-        None => log.write(Level::Trace, format_args!("[{}] {name}({a:#x}, {b:#x}, {c:#x}) interrupted", thread.id)),
+        None => log.write(
+            Level::Trace,
+            format_args!("[{}] {name}({a:#x}, {b:#x}, {c:#x}) interrupted", thread.id),
+        ),
         Some(Ok(value)) => log.write(
             Level::Trace,
-            format_args!("[{}] {name}({a:#x}, {b:#x}, {c:#x}, {d:#x}, {e:#x}, {f:#x}) = {value:#x}", thread.id),
+            format_args!(
+                "[{}] {name}({a:#x}, {b:#x}, {c:#x}, {d:#x}, {e:#x}, {f:#x}) = {value:#x}",
+                thread.id
+            ),
         ),
         Some(Err(error)) => log.write(
             Level::Trace,
-            format_args!("[{}] {name}({a:#x}, {b:#x}, {c:#x}, {d:#x}, {e:#x}, {f:#x}) = {error:?}", thread.id),
+            format_args!(
+                "[{}] {name}({a:#x}, {b:#x}, {c:#x}, {d:#x}, {e:#x}, {f:#x}) = {error:?}",
+                thread.id
+            ),
         ),
     }
 }
