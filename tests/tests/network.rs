@@ -174,7 +174,7 @@ fn published_ports_of_both_families_and_transports() {
         let (first, second, third) = (
             format!("127.0.0.1:{v4}:7000"),
             format!("[::1]:{v6}:7000"),
-            format!("127.0.0.1:{udp}:7001/udp"),
+            format!("{udp}:7001/udp"),
         );
         start(
             &kiln,
@@ -184,19 +184,40 @@ fn published_ports_of_both_families_and_transports() {
         );
         echoes(way, local(v4));
         echoes(way, format!("[::1]:{v6}").parse().expect("an address"));
-        let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
-        socket
-            .set_read_timeout(Some(Duration::from_millis(500)))
-            .expect("a timeout can be set");
-        socket.connect(local(udp)).expect("an address");
-        let mut answer = [0; 100];
-        let length = eventually("a datagram back", || {
-            // Refused while nobody has bound it yet.
-            socket.send(b"datagram").ok()?;
-            socket.recv(&mut answer).ok()
-        });
-        assert_eq!(&answer[..length], b"datagram", "{way:?}");
+        echoes_datagrams(way, udp);
     }
+}
+
+/// A dual-stack program and a port that is published on an IPv4 address alone.
+#[test]
+fn datagrams_of_one_ipv4_address_reach_a_program_of_both_families() {
+    for way in WAYS {
+        let kiln = Kiln::new();
+        let image = image(&kiln);
+        let port = free_port();
+        start(
+            &kiln,
+            way,
+            &["-p", &format!("127.0.0.1:{port}:7001/udp")],
+            &image,
+        );
+        echoes_datagrams(way, port);
+    }
+}
+
+fn echoes_datagrams(way: [&str; 4], port: u16) {
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    socket
+        .set_read_timeout(Some(Duration::from_millis(500)))
+        .expect("a timeout can be set");
+    socket.connect(local(port)).expect("an address");
+    let mut answer = [0; 100];
+    let length = eventually(&format!("a datagram back, {way:?}"), || {
+        // Refused while nobody has bound it yet.
+        socket.send(b"datagram").ok()?;
+        socket.recv(&mut answer).ok()
+    });
+    assert_eq!(&answer[..length], b"datagram", "{way:?}");
 }
 
 /// What the server's bulk port sends at a place.
