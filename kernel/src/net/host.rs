@@ -1125,4 +1125,83 @@ mod tests {
         hints.nothing_to_read();
         assert!(!hints.has(READ_UNKNOWN | READABLE));
     }
+
+    /// What the program's host was given by each send, and how many bytes the next sends take.
+    static SENT: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+    static ROOM: Mutex<usize> = Mutex::new(usize::MAX);
+
+    extern "C" fn record(_: i32, message: &Message) -> isize {
+        let mut room = ROOM.lock();
+        if *room == 0 {
+            return -11;
+        }
+        let mut bytes = Vec::new();
+        for index in 0..message.slice_count {
+            // SAFETY: the caller gives that many slices of its own memory.
+            let piece = unsafe {
+                let slice = *message.slices.add(index);
+                core::slice::from_raw_parts(slice.address as *const u8, slice.length)
+            };
+            bytes.extend_from_slice(piece);
+        }
+        bytes.truncate(*room);
+        *room -= bytes.len();
+        let count = bytes.len();
+        SENT.lock().push(bytes);
+        count as isize
+    }
+
+    #[test]
+    fn corked_bytes_go_out_together_and_nothing_is_lost_when_there_is_no_room() {
+        let table = kiln_abi::host::HostInterface {
+            descriptor_send: record,
+            ..crate::host::quiet::TABLE
+        };
+        let host = Host::new(alloc::boxed::Box::leak(alloc::boxed::Box::new(table)));
+        let holding = Arc::default();
+        let descriptor = Descriptor::new(
+            host,
+            &Arc::new(Events::new()),
+            HostDescriptor::new(host, 40),
+            Arc::new(WatchList::new()),
+            &holding,
+            true,
+        );
+        let stream = HostStream { descriptor };
+        let send = |bytes: &[u8], more| stream.send(&mut Source::kernel(bytes), more);
+        let sent = || core::mem::take(&mut *SENT.lock());
+
+        assert_eq!(send(b"header ", true), Ok(7));
+        assert!(sent().is_empty());
+        assert_eq!(send(b"body", false), Ok(4));
+        assert_eq!(sent(), [b"header body".to_vec()]);
+
+        let mut options = Options {
+            cork: true,
+            ..Options::default()
+        };
+        stream.configure(&options);
+        assert_eq!(send(b"a", false), Ok(1));
+        assert_eq!(send(b"b", false), Ok(1));
+        assert!(sent().is_empty());
+        options.cork = false;
+        stream.configure(&options);
+        assert_eq!(sent(), [b"ab".to_vec()]);
+
+        // The host takes less than is held: the rest goes with the next event, and closing waits for it.
+        *ROOM.lock() = 3;
+        assert_eq!(send(b"12345", true), Ok(5));
+        assert_eq!(send(b"678", false), Err(Errno::EAGAIN));
+        assert_eq!(sent(), [b"123".to_vec()]);
+        assert!(!stream.readiness().contains(Readiness::WRITABLE));
+        stream.close(false);
+        assert!(stream.descriptor.number().is_ok());
+        *ROOM.lock() = usize::MAX;
+        stream.descriptor.handle(Event {
+            source: 40,
+            flags: event_flags::WRITABLE,
+        });
+        assert_eq!(sent(), [b"45".to_vec()]);
+        assert!(stream.descriptor.number().is_err());
+    }
 }
