@@ -307,7 +307,13 @@ pub fn read_ranges(address: u64, count: u64) -> Result<Vec<UserRange>> {
             .checked_add(vector.iov_len)
             .filter(|&total| total <= i64::MAX as u64)
             .ok_or(Errno::EINVAL)?;
-        ranges.push(UserRange::new(vector.iov_base as u64, vector.iov_len)?);
+        match UserRange::new(vector.iov_base as u64, vector.iov_len) {
+            Ok(range) => ranges.push(range),
+            // Nothing is ever mapped at the lowest addresses: as at any other unmapped address, what lies in the
+            // ranges before is transferred.
+            Err(_) if (vector.iov_base as usize) < PROGRAM_START && total > vector.iov_len => break,
+            Err(error) => return Err(error),
+        }
     }
     Ok(ranges)
 }
