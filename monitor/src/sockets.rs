@@ -470,10 +470,18 @@ fn published_datagram(listener: &mut Listener, wanted: &SocketAddr) -> Result<Ow
     let is_of_family = |socket: &OwnedFd| {
         local_address(socket).is_ok_and(|local| family(&local) == family(wanted))
     };
-    if wanted.is_ipv6() && listener.publish.address.is_none() && listener.sockets.len() == 2 {
-        // A program's [::] serves both families: one socket takes the place of the two.
+    let replacement = match listener.publish.address {
+        // A program's [::] serves both families: one socket takes the place of the two ...
+        None if listener.sockets.len() == 2 => Some(unspecified_v6(listener.publish.host)),
+        // ... or of the one for an IPv4 address, which such a socket knows by its mapped form.
+        Some(IpAddr::V4(address)) if !listener.sockets.iter().any(is_of_family) => Some(
+            SocketAddr::new(address.to_ipv6_mapped().into(), listener.publish.host),
+        ),
+        _ => None,
+    };
+    if let Some(address) = replacement.filter(|_| wanted.is_ipv6()) {
         listener.sockets.clear();
-        let socket = bind(unspecified_v6(listener.publish.host), Protocol::Udp, true)?;
+        let socket = bind(address, Protocol::Udp, true)?;
         listener.sockets.push(socket);
     }
     let socket = listener
@@ -771,8 +779,13 @@ mod tests {
 
     #[test]
     fn datagrams_of_a_published_port_reach_the_program_in_both_families() {
-        for bind in [unspecified_v4(53), unspecified_v6(53)] {
-            let (mut server, port) = published("0:53/udp");
+        for (bind, publish) in [
+            (unspecified_v4(53), "0:53/udp"),
+            (unspecified_v6(53), "0:53/udp"),
+            (unspecified_v4(53), "127.0.0.1:0:53/udp"),
+            (unspecified_v6(53), "127.0.0.1:0:53/udp"),
+        ] {
+            let (mut server, port) = published(publish);
             let (sender, kernel) = link();
             server.datagram(7, bind, &sender).unwrap();
             let (message, descriptor) = receive(&kernel).unwrap();
