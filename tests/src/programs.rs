@@ -19,12 +19,6 @@ struct Known {
 
 /// All of them, each with what it means for programs.
 const KNOWN: &[Known] = &[
-    // A write from several pieces of which a later one cannot be read fails as a whole.
-    Known {
-        program: "errors-",
-        linux: r#"writev(fd, (struct iovec[]){{"ok", 2}, {BAD, 2}}, 2): 2"#,
-        unikernel: r#"writev(fd, (struct iovec[]){{"ok", 2}, {BAD, 2}}, 2): EFAULT"#,
-    },
     // Pages of a mapping that lie beyond the end of the file read as zeros.
     Known {
         program: "faults-",
