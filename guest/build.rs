@@ -166,26 +166,33 @@ fn functions(program: &Path) -> Vec<u8> {
     pairs
 }
 
-/// A function's name with the last two parts of each path in it: `<net::Stack as Network>::poll` for
-/// `<kiln_kernel::net::Stack as kiln_kernel::net::backend::Network>::poll`.
+/// A function's name with the last two parts of its path, the last one of those in angle brackets, and not too long:
+/// `<Stack as Network>::poll` for `<kiln_kernel::net::Stack as kiln_kernel::net::backend::Network>::poll`.
 fn short(name: &str) -> String {
+    const LONGEST: usize = 60;
+    if name.starts_with("core::ptr::drop_in_place") {
+        return "drop_in_place".into();
+    }
     let mut result = String::new();
     let mut word = String::new();
-    let finish = |word: &mut String, result: &mut String| {
-        let parts: Vec<&str> = word.split("::").collect();
-        result.push_str(&parts[parts.len().saturating_sub(2)..].join("::"));
-        word.clear();
-    };
-    for character in name.chars() {
+    let mut depth = 0;
+    for character in name.chars().chain([' ']) {
         if character.is_alphanumeric() || character == '_' || character == ':' {
             word.push(character);
-        } else {
-            finish(&mut word, &mut result);
-            result.push(character);
+            continue;
         }
+        let parts: Vec<&str> = word.split("::").collect();
+        let kept = if depth == 0 { 2 } else { 1 };
+        result.push_str(&parts[parts.len().saturating_sub(kept)..].join("::"));
+        word.clear();
+        match character {
+            '<' => depth += 1,
+            '>' if !result.ends_with('-') => depth -= 1,
+            _ => {}
+        }
+        result.push(character);
     }
-    finish(&mut word, &mut result);
-    result
+    result.trim_end().chars().take(LONGEST).collect()
 }
 
 fn build(program: &Program, workspace: &Path, target: &Path) -> PathBuf {

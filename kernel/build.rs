@@ -5,6 +5,7 @@ use std::{env, path::PathBuf, process::Command};
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=vdso");
+    println!("cargo::rerun-if-changed=no-unwinding.ld");
     build_vdso();
     if env::var_os("CARGO_FEATURE_FREESTANDING").is_none() {
         return;
@@ -21,6 +22,9 @@ fn main() {
         "-Wl,--no-dynamic-linker",
         "-Wl,--build-id=none",
         "-Wl,--hash-style=gnu",
+        "-Wl,--no-eh-frame-hdr",
+        // An addition to the linker's own script.
+        concat!("-Wl,-T,", env!("CARGO_MANIFEST_DIR"), "/no-unwinding.ld"),
     ] {
         println!("cargo::rustc-link-arg-bins={argument}");
     }
