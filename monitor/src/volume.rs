@@ -209,7 +209,9 @@ fn allow_large_writes(reply: &mut [u8]) {
     /// Offsets in `struct fuse_init_out` after both headers.
     const FLAGS: usize = HEADER + REPLY_HEADER + 12;
     const MAX_WRITE: usize = HEADER + REPLY_HEADER + 20;
-    let Some(flags) = word(reply, FLAGS) else { return };
+    let Some(flags) = word(reply, FLAGS) else {
+        return;
+    };
     for (offset, value) in [(FLAGS, flags | BIG_WRITES), (MAX_WRITE, MAX_WRITE_BYTES)] {
         if let Some(place) = reply.get_mut(offset..offset + 4) {
             place.copy_from_slice(&value.to_le_bytes());
