@@ -8,3 +8,5 @@
 //!
 //! Not here: running an instance (`kiln-monitor`) and building its image (`kiln-image`).
 #![forbid(unsafe_code)]
+
+pub mod configuration;
