@@ -206,6 +206,7 @@ impl Kernel {
         }
         if let Some(link) = self.link.get() {
             link.send(&ToMonitor::Exited { code });
+            link.drain();
         }
         self.host.exit(code)
     }

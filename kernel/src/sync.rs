@@ -38,6 +38,12 @@ impl<T: ?Sized> Mutex<T> {
         }
     }
 
+    /// Takes the lock unless it is taken.
+    #[inline]
+    pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+        self.0.try_lock()
+    }
+
     #[cfg(not(test))]
     #[cold]
     fn busy(&self, place: &Location<'_>) -> ! {

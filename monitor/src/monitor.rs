@@ -717,6 +717,8 @@ impl<'a> Monitor<'a> {
     }
 
     fn remark(&mut self, text: &str) -> Result<(), Error> {
+        // The program's output from before goes before it.
+        self.read_console()?;
         self.log
             .remark(text)
             .map_err(Error::io("write the console log"))?;

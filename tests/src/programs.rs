@@ -246,15 +246,10 @@ fn compare_program(
     }
 }
 
-/// The first difference between two runs, with what led to it. The kernel's own remarks (about a call that it does not
-/// support, say) share the console with the program and are told by their prefix; they are not compared.
+/// The first difference between two runs, with what led to it. Standard output is the program's alone.
 fn difference(native: &Outcome, unikernel: &Outcome, name: &str) -> Option<String> {
     let expected: Vec<&str> = native.output.lines().collect();
-    let found: Vec<&str> = unikernel
-        .output
-        .lines()
-        .filter(|line| !line.starts_with("kiln: "))
-        .collect();
+    let found: Vec<&str> = unikernel.output.lines().collect();
     let alike = |one: &str, other: &str| {
         one == other
             || KNOWN.iter().any(|known| {

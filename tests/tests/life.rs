@@ -118,15 +118,74 @@ fn a_crash_is_reported() {
             "crash",
         ]);
         assert_eq!(outcome.code(), 139, "{engine}: {outcome}");
-        let told = format!("{}{}", outcome.output, outcome.errors);
+        // Standard output is the program's alone, to the byte.
         assert!(
-            told.contains("SIGSEGV") && told.contains("0x2") && told.contains("rax"),
+            outcome.output.starts_with("argument crash\ndirectory /\n")
+                && outcome.output.ends_with("greeting none\n"),
+            "{engine}: {outcome}"
+        );
+        let told = &outcome.errors;
+        assert!(
+            told.contains("kiln: teller[1]: SIGSEGV") && told.contains("0x2"),
             "{engine}: {told}"
         );
+        assert!(told.contains("kiln: rax 0"), "{engine}: {told}");
         assert!(
             told.contains("main"),
             "{engine}: no symbol in the backtrace\n{told}"
         );
+    }
+}
+
+/// Writes while it makes remarks of the kernel's, the last of them right before it ends.
+const REMARKED: &str = r#"
+#include <stdio.h>
+#include <unistd.h>
+#include <sys/syscall.h>
+int main(void) {
+    for (int i = 0; i < 40; i++) {
+        char line[40];
+        syscall(4000 + i);
+        int length = sprintf(line, "line %d\n", i);
+        if (write(1, line, length) != length) return 1;
+    }
+    if (write(1, "no end of line", 14) != 14) return 1;
+    syscall(4100);
+    _exit(0);
+}
+"#;
+
+#[test]
+fn remarks_of_the_kernel_are_apart_from_the_programs_output_and_none_is_lost() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "remarked", REMARKED));
+    let image = image.to_str().expect("the path is text");
+    let lines: String = (0..40).map(|number| format!("line {number}\n")).collect();
+    for engine in engines() {
+        let outcome = kiln.run(["run", "--name", "one", "--engine", &engine, image]);
+        assert_eq!(outcome.code(), 0, "{engine}: {outcome}");
+        assert_eq!(
+            outcome.output,
+            format!("{lines}no end of line"),
+            "{engine}: {outcome}"
+        );
+        for number in (4000..4040).chain([4100]) {
+            let remark = format!("kiln: warning: not supported: system call {number} ");
+            let times = outcome
+                .errors
+                .lines()
+                .filter(|line| line.starts_with(&remark))
+                .count();
+            assert_eq!(times, 1, "{engine} {number}: {outcome}");
+        }
+        // The log has both, each in lines of its own, in the order in which they came.
+        let log = kiln.run(["logs", "one"]).output;
+        assert!(
+            log.contains("\nline 39\nno end of line\nkiln: "),
+            "{engine}: {log}"
+        );
+        assert!(log.ends_with('\n'), "{engine}: {log}");
+        kiln.run(["rm", "one"]);
     }
 }
 

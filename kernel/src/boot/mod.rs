@@ -49,6 +49,7 @@ pub fn start(boot: &'static BootInformation) -> ! {
         Err(message) => {
             trace::start(host, None);
             trace::error!("{message}");
+            trace::finish();
             host.exit(exit_code::CANNOT_START)
         }
     }
@@ -122,11 +123,13 @@ fn connect(
     boot: &'static BootInformation,
 ) -> Result<Option<Arc<Link>>, String> {
     if !kernel.configuration.link {
+        trace::open(None);
         return Ok(None);
     }
     let stream = crate::driver::link(kernel, boot)?;
     let link = Link::new(stream, kernel.host, &kernel.events);
     kernel.link.call_once(|| Arc::clone(&link));
+    trace::open(Some(&link));
     Ok(Some(link))
 }
 

@@ -7,13 +7,14 @@
 //! * The receiver runs from the main loop only, never from inside a request, and with no lock of the link held.
 //! * Nothing that the monitor sends makes the kernel panic: what cannot be understood is logged and dropped; a stream that
 //!   cannot be cut into frames any more is closed.
+//! * The log's lines may be sent from anywhere, the link's own code included.
 //! * Frames leave in the order of the calls. What the stream does not take at once waits in a queue, which is sent on the
 //!   stream's next event.
 
 mod frame;
 mod stream;
 
-use alloc::{collections::VecDeque, sync::Arc, vec::Vec};
+use alloc::{collections::VecDeque, string::String, sync::Arc, vec::Vec};
 
 use kiln_abi::{
     host::{Event, event_flags},
@@ -34,6 +35,9 @@ use frame::FrameReader;
 
 /// Bytes asked of the stream at a time.
 const CHUNK: usize = 64 << 10;
+
+/// Frames that may wait before the log's lines wait for them to leave.
+const MANY_WAITING: usize = 64;
 
 /// Descriptors that one receive takes at most.
 const DESCRIPTORS: usize = 16;
@@ -99,6 +103,8 @@ pub struct Link {
     events: Arc<Events>,
     state: Mutex<State>,
     receiver: Mutex<Option<Arc<dyn Receiver>>>,
+    /// Lines for the log that the link's own code wrote in the middle of its work; they leave with what is sent next.
+    late: Mutex<Vec<String>>,
 }
 
 impl Link {
@@ -121,6 +127,7 @@ impl Link {
                 announced: false,
             }),
             receiver: Mutex::new(None),
+            late: Mutex::new(Vec::new()),
         });
         events.register(source, Arc::clone(&link) as Arc<dyn EventHandler>);
         // What came before the registration makes no event any more.
@@ -160,20 +167,12 @@ impl Link {
     /// # Errors
     /// `EMSGSIZE` when the payload is longer than the protocol allows, `EIO` when the monitor has gone.
     pub fn post(&self, channel: u32, parts: &[&[u8]]) -> Result<()> {
-        let length: usize = parts.iter().map(|part| part.len()).sum();
-        let length = u32::try_from(length)
-            .ok()
-            .filter(|&length| length <= MAX_PAYLOAD)
-            .ok_or(Errno::EMSGSIZE)?;
-        let mut frame = Vec::with_capacity(kiln_abi::link::HEADER + length as usize);
-        frame.extend_from_slice(&header(channel, length));
-        for part in parts {
-            frame.extend_from_slice(part);
-        }
+        let frame = frame_of(channel, parts)?;
         let mut state = self.state.lock();
         if state.broken {
             return Err(Errno::EIO);
         }
+        self.queue_late(&mut state);
         state.outgoing.push_back(frame);
         self.flush(&mut state);
         if state.broken {
@@ -181,6 +180,31 @@ impl Link {
         } else {
             Ok(())
         }
+    }
+
+    /// Sends lines for the instance's log. False when the monitor has gone: nobody would see them.
+    pub fn log(&self, text: &str) -> bool {
+        let Some(mut state) = self.state.try_lock() else {
+            self.late.lock().push(text.into());
+            return true;
+        };
+        if state.broken {
+            return false;
+        }
+        self.late.lock().push(text.into());
+        self.flush(&mut state);
+        let (sent, many) = (!state.broken, state.outgoing.len() > MANY_WAITING);
+        drop(state);
+        if many {
+            self.drain();
+        }
+        sent
+    }
+
+    /// Waits until all that was sent has been taken, so that the instance can end without losing it, or the monitor has gone.
+    pub fn drain(&self) {
+        // Without a monitor there is nothing to wait for.
+        let _ = self.pump(|state| (state.outgoing.is_empty() && self.stream.taken()).then_some(()));
     }
 
     /// Sends a FUSE request on a volume's channel and waits for the reply with the same `unique` (bytes 8 to 16 of both,
@@ -278,8 +302,19 @@ impl Link {
         }
     }
 
+    /// Puts the lines that the link's own code wrote behind what waits.
+    fn queue_late(&self, state: &mut State) {
+        for text in core::mem::take(&mut *self.late.lock()) {
+            let frame = postcard::to_allocvec(&ToMonitor::Log(text))
+                .map_err(|_| Errno::EINVAL)
+                .and_then(|bytes| frame_of(CONTROL, &[&bytes]));
+            state.outgoing.extend(frame);
+        }
+    }
+
     /// Sends what waits, as far as the stream takes it.
     fn flush(&self, state: &mut State) {
+        self.queue_late(state);
         while let Some(front) = state.outgoing.front() {
             match self
                 .stream
@@ -306,7 +341,9 @@ impl Link {
 
     fn fail(&self, state: &mut State, error: Errno) {
         if !state.broken {
-            trace::warn!("link: the line to the monitor is gone ({error})");
+            trace::console(format_args!(
+                "link: the line to the monitor is gone ({error})"
+            ));
             state.broken = true;
             state.outgoing.clear();
         }
@@ -346,9 +383,9 @@ impl Link {
                     }
                     Ok(None) => break,
                     Err(length) => {
-                        trace::warn!(
+                        trace::console(format_args!(
                             "link: the monitor announces a frame of {length} bytes, more than allowed"
-                        );
+                        ));
                         return self.fail(state, Errno::EPROTO);
                     }
                 }
@@ -393,6 +430,21 @@ impl Link {
             return;
         }
     }
+}
+
+/// A header with what follows it.
+fn frame_of(channel: u32, parts: &[&[u8]]) -> Result<Vec<u8>> {
+    let length: usize = parts.iter().map(|part| part.len()).sum();
+    let length = u32::try_from(length)
+        .ok()
+        .filter(|&length| length <= MAX_PAYLOAD)
+        .ok_or(Errno::EMSGSIZE)?;
+    let mut frame = Vec::with_capacity(kiln_abi::link::HEADER + length as usize);
+    frame.extend_from_slice(&header(channel, length));
+    for part in parts {
+        frame.extend_from_slice(part);
+    }
+    Ok(frame)
 }
 
 /// Whether a descriptor comes along with a message.

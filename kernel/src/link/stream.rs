@@ -27,6 +27,12 @@ pub trait ByteStream: Send + Sync {
     /// `EAGAIN` when there is no room now (an event tells when there is); other errors end the link.
     fn send(&self, bytes: &[u8]) -> Result<usize>;
 
+    /// Whether the other side has taken all that was sent, so that it arrives even if the instance ends now. When not, an event
+    /// tells of more.
+    fn taken(&self) -> bool {
+        true
+    }
+
     /// Whether a receive that gives fewer bytes than there was room for means that nothing is left, so that more makes
     /// an event.
     fn short_means_drained(&self) -> bool {

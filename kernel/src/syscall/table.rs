@@ -67,7 +67,7 @@ pub fn name(number: u64) -> &'static str {
     NAMES
         .iter()
         .find(|(candidate, _)| u64::from(*candidate) == number)
-        .map_or("unknown system call", |(_, name)| name)
+        .map_or("(unknown)", |(_, name)| name)
 }
 
 /// Makes a system call.
@@ -90,7 +90,7 @@ fn unsupported(call: &Call<'_>, number: u64) -> Outcome {
         trace::unsupported(
             number,
             format_args!(
-                "system call {}({a:#x}, {b:#x}, {c:#x}, {d:#x}, {e:#x}, {f:#x})",
+                "system call {number} {}({a:#x}, {b:#x}, {c:#x}, {d:#x}, {e:#x}, {f:#x})",
                 name(number)
             ),
         );

@@ -1,9 +1,10 @@
 //! Messages about the kernel's work.
 //!
-//! Lines go to the console with a prefix that the program's own output does not have. What is shown is set for each
+//! Lines go over the link to the monitor, which shows them apart from the program's output. Without a monitor they go to the
+//! console, with a prefix that the program's own output does not have. What is shown is set for each
 //! topic by the run's `log` option: `syscall=trace,net=debug,info`.
 
-use alloc::{collections::BTreeMap, string::String, vec::Vec};
+use alloc::{collections::BTreeMap, string::String, sync::Arc, vec::Vec};
 use core::{
     fmt::{self, Write},
     sync::atomic::{AtomicBool, Ordering},
@@ -11,7 +12,7 @@ use core::{
 
 use spin::Once;
 
-use crate::{Result, host::Host, sync::Mutex, syscall, task::Thread};
+use crate::{Result, host::Host, link::Link, sync::Mutex, syscall, task::Thread};
 
 /// How important a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,8 +43,19 @@ impl Level {
 }
 
 /// Where messages go.
+enum Output {
+    /// The link is not up yet: they are kept until it is.
+    Kept(Vec<String>),
+    /// The monitor.
+    Link(Arc<Link>),
+    /// There is no monitor.
+    Console,
+}
+
+/// What messages are shown, and where.
 pub struct Log {
     host: Host,
+    output: Mutex<Output>,
     default: Level,
     topics: BTreeMap<String, Level>,
     trace_system_calls: AtomicBool,
@@ -57,6 +69,7 @@ impl Log {
     pub fn new(host: Host, filter: Option<&str>) -> Log {
         let mut log = Log {
             host,
+            output: Mutex::new(Output::Kept(Vec::new())),
             default: Level::Warning,
             topics: BTreeMap::new(),
             trace_system_calls: AtomicBool::new(false),
@@ -100,18 +113,27 @@ impl Log {
 
     /// Writes a line, whatever the filter says.
     pub fn write(&self, level: Level, message: fmt::Arguments<'_>) {
-        let mut line = Line(String::new());
+        let mut line = String::new();
         let _ = match level {
-            Level::Error => write!(line, "kiln: {message}"),
-            Level::Warning => write!(line, "kiln: warning: {message}"),
-            _ => write!(line, "kiln: {message}"),
+            Level::Warning => write!(line, "warning: {message}"),
+            _ => write!(line, "{message}"),
         };
-        line.0.push('\n');
-        let mut bytes = line.0.as_bytes();
-        while !bytes.is_empty() {
-            match self.host.console_write(bytes) {
-                Ok(0) | Err(_) => break,
-                Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+        let link = match &mut *self.output.lock() {
+            Output::Kept(lines) => return lines.push(line),
+            Output::Link(link) => Some(Arc::clone(link)),
+            Output::Console => None,
+        };
+        if !link.is_some_and(|link| link.log(&line)) {
+            write_console(self.host, format_args!("{line}"));
+        }
+    }
+
+    /// Sets where lines go from now on, and those that were kept.
+    fn open(&self, output: Output) {
+        let before = core::mem::replace(&mut *self.output.lock(), output);
+        if let Output::Kept(lines) = before {
+            for line in lines {
+                self.write(Level::Info, format_args!("{line}"));
             }
         }
     }
@@ -129,12 +151,16 @@ impl Log {
     }
 }
 
-struct Line(String);
-
-impl Write for Line {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        self.0.push_str(text);
-        Ok(())
+/// Writes a line to the console; what it does not take is lost.
+fn write_console(host: Host, message: fmt::Arguments<'_>) {
+    let mut line = String::new();
+    let _ = writeln!(line, "kiln: {message}");
+    let mut bytes = line.as_bytes();
+    while !bytes.is_empty() {
+        match host.console_write(bytes) {
+            Ok(0) | Err(_) => break,
+            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+        }
     }
 }
 
@@ -143,6 +169,35 @@ static LOG: Once<Log> = Once::new();
 /// Sets the log up, once, at boot.
 pub fn start(host: Host, filter: Option<&str>) {
     LOG.call_once(|| Log::new(host, filter));
+}
+
+/// Has messages go over the link from now on, or to the console when there is none; those from before as well.
+pub fn open(link: Option<&Arc<Link>>) {
+    if let Some(log) = LOG.get() {
+        log.open(link.map_or(Output::Console, |link| Output::Link(Arc::clone(link))));
+    }
+}
+
+/// Makes sure that no message is lost when the instance ends now.
+pub fn finish() {
+    let Some(log) = LOG.get() else { return };
+    let link = match &*log.output.lock() {
+        Output::Kept(_) => None,
+        Output::Link(link) => Some(Arc::clone(link)),
+        Output::Console => return,
+    };
+    match link {
+        Some(link) => link.drain(),
+        // The link never came up.
+        None => log.open(Output::Console),
+    }
+}
+
+/// Writes a line to the console, whatever the filter says: for what is wrong with the link itself.
+pub fn console(message: fmt::Arguments<'_>) {
+    if let Some(log) = LOG.get() {
+        write_console(log.host, message);
+    }
 }
 
 /// Writes a line if the log is up and its filter lets it through. Used by the macros.

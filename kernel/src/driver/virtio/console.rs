@@ -181,6 +181,16 @@ impl ByteStream for Console {
         }
     }
 
+    fn taken(&self) -> bool {
+        let mut port = self.port.lock();
+        port.reclaim();
+        if port.free.len() < BUFFERS {
+            port.transmit.interrupts(true);
+            port.reclaim();
+        }
+        port.free.len() == BUFFERS
+    }
+
     fn short_means_drained(&self) -> bool {
         true
     }
