@@ -249,3 +249,62 @@ fn a_frame_larger_than_the_buffer_is_put_together() {
     *fake.answer.lock() = vec![frame(1, &reply)];
     assert_eq!(link.call(1, &[&[0; HEADER * 2]]).unwrap(), reply);
 }
+
+fn lines(bytes: &[u8]) -> Vec<String> {
+    let mut reader = FrameReader::default();
+    reader.space(bytes.len())[..bytes.len()].copy_from_slice(bytes);
+    reader.filled(bytes.len());
+    let mut lines = Vec::new();
+    while let Ok(Some((channel, payload))) = reader.next_frame() {
+        assert_eq!(channel, CONTROL);
+        match postcard::from_bytes(payload) {
+            Ok(ToMonitor::Log(text)) => lines.push(text),
+            Ok(ToMonitor::Exited { code }) => lines.push(alloc::format!("exit {code}")),
+            other => panic!("{other:?}"),
+        }
+    }
+    lines
+}
+
+#[test]
+fn lines_of_the_log_leave_in_order_also_those_said_while_the_link_works() {
+    let (fake, _events, link, _heard) = setup();
+    assert!(link.log("one"));
+    let state = link.state.lock();
+    assert!(link.log("two"));
+    assert!(link.log("three"));
+    drop(state);
+    link.send(&ToMonitor::Exited { code: 3 });
+    link.drain();
+    assert_eq!(
+        lines(&fake.outgoing.lock()),
+        ["one", "two", "three", "exit 3"]
+    );
+}
+
+#[test]
+fn what_waits_has_left_after_drain() {
+    let (fake, _events, link, _heard) = setup();
+    *fake.room.lock() = 0;
+    for _ in 0..MANY_WAITING {
+        assert!(link.log("line"));
+    }
+    assert!(fake.outgoing.lock().is_empty());
+    *fake.room.lock() = 7;
+    link.drain();
+    assert_eq!(lines(&fake.outgoing.lock()).len(), MANY_WAITING);
+}
+
+#[test]
+fn without_a_monitor_a_line_is_not_taken() {
+    let (fake, events, link, heard) = setup();
+    *fake.ended.lock() = true;
+    events.defer(Event {
+        source: 3,
+        flags: event_flags::READABLE,
+    });
+    events.wait(&Host::new(&crate::host::quiet::TABLE), 0);
+    assert_eq!(*heard.gone.lock(), 1);
+    assert!(!link.log("nobody sees it"));
+    link.drain();
+}
