@@ -8,7 +8,7 @@ use std::sync::Arc;
 use kiln_abi::configuration::StaticNetwork;
 use kiln_tcpip::Checksums;
 
-use crate::Publish;
+use crate::{Held, Publish};
 
 /// The best MTU for engine `process`, whose frames never leave the machine: large, so that much data needs few frames,
 /// and small enough for two of them in the buffers of a small guest.
@@ -20,6 +20,10 @@ pub const MACHINE_MTU: u16 = 4000;
 
 /// Finds the addresses of an instance by its name (lower case, without a final dot): None when no instance has it.
 pub type Lookup = Arc<dyn Fn(&str) -> Option<Vec<IpAddr>> + Send + Sync>;
+
+/// Called by the gateway's thread when somebody on the host wants a suspended guest. It must not wait, nor call the
+/// network: writing to an `eventfd(2)` is what it is for.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
 /// The host's end of the stream of frames.
 #[derive(Debug)]
@@ -56,8 +60,18 @@ pub struct NetworkConfiguration {
     pub gateway_v6: Ipv6Addr,
     /// The guest's name, for DHCP.
     pub hostname: Option<String>,
-    /// Published ports.
+    /// Published ports that are to be opened.
     pub publish: Vec<Publish>,
+    /// Published ports that are open already.
+    pub held: Vec<Held>,
+    /// The guest tells where its programs listen ([`crate::UserNetwork::guest_listens`]): until then connections wait in
+    /// the host's backlog and datagrams in the host's sockets. Otherwise the guest is asked again and again, and datagrams
+    /// go to it at once.
+    pub listens_told: bool,
+    /// The guest gets its IPv4 address by DHCP, so nothing can reach it before. Only with `listens_told`.
+    pub dhcp: bool,
+    /// What wakes a suspended guest; without it [`crate::UserNetwork::suspend`] refuses.
+    pub wake: Option<Wake>,
     /// Lets the guest reach the host's own 127.0.0.1 and ::1 by the gateway's addresses.
     pub allow_host_loopback: bool,
     /// Name servers to forward to; None for those of `/etc/resolv.conf`.
@@ -85,6 +99,10 @@ impl NetworkConfiguration {
             gateway_v6: Ipv6Addr::new(0xfd6b, 0x696c, 0x6e00, 0, 0, 0, 0, 2),
             hostname: None,
             publish: Vec::new(),
+            held: Vec::new(),
+            listens_told: false,
+            dhcp: false,
+            wake: None,
             allow_host_loopback: false,
             resolvers: None,
             lookup: None,

@@ -6,9 +6,9 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use kiln_tcpip::{Datagram, DatagramKind, Stack};
+use kiln_tcpip::{Datagram, DatagramKind, Moment, Stack};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
@@ -55,7 +55,7 @@ enum Way {
 struct Flow {
     key: Key,
     way: Way,
-    last: Instant,
+    last: Moment,
 }
 
 /// All flows.
@@ -67,6 +67,10 @@ pub(crate) struct Flows {
     resolvers: Vec<SocketAddr>,
     /// The host does not let us send echo requests; said once.
     echo_refused: bool,
+    /// Bytes that ever passed in either direction; a datagram without any counts as one.
+    passed: u64,
+    /// The gateway's time, as it was last told.
+    now: Moment,
     buffer: Vec<u8>,
 }
 
@@ -82,12 +86,24 @@ impl Flows {
                 .clone()
                 .unwrap_or_else(crate::configuration::host_resolvers),
             echo_refused: false,
+            passed: 0,
+            now: Moment::ZERO,
             buffer: vec![0; 65536],
         }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.slots.len() == 0
+    }
+
+    /// Tells the time, which counts for all that comes after.
+    pub(crate) fn set_time(&mut self, now: Moment) {
+        self.now = now;
+    }
+
+    /// Bytes that ever passed in either direction.
+    pub(crate) fn passed(&self) -> u64 {
+        self.passed
     }
 
     /// The name servers that questions are forwarded to.
@@ -123,6 +139,7 @@ impl Flows {
             self.ask_name_server(stack, poller, key, &datagram.data);
             return;
         }
+        self.passed += datagram.data.len().max(1) as u64;
         let index = match self.by_key.get(&key) {
             Some(index) => *index,
             None => {
@@ -160,7 +177,7 @@ impl Flows {
         let Some(flow) = self.slots.get_mut(index) else {
             return;
         };
-        flow.last = Instant::now();
+        flow.last = self.now;
         let result = match &flow.way {
             Way::Own(socket) | Way::NameServer { socket, .. } => {
                 rustix::net::send(socket, &datagram.data, SendFlags::NOSIGNAL)
@@ -251,12 +268,13 @@ impl Flows {
             }
         };
         if let Some(flow) = self.slots.get_mut(index) {
-            flow.last = Instant::now();
+            flow.last = self.now;
             if let Way::NameServer {
                 socket, answered, ..
             } = &mut flow.way
             {
                 *answered = false;
+                self.passed += message.len().max(1) as u64;
                 let _ = rustix::net::send(socket, message, SendFlags::NOSIGNAL);
             }
         }
@@ -264,7 +282,7 @@ impl Flows {
 
     fn add(&mut self, poller: &Poller, key: Key, way: Way) -> Option<u32> {
         if self.slots.len() >= FLOWS {
-            self.sweep(Instant::now());
+            self.sweep();
             if self.slots.len() >= FLOWS {
                 return None;
             }
@@ -276,7 +294,7 @@ impl Flows {
         let (index, generation) = self.slots.insert(Flow {
             key,
             way,
-            last: Instant::now(),
+            last: self.now,
         });
         if let Some(Flow {
             way: Way::Own(socket) | Way::NameServer { socket, .. },
@@ -304,7 +322,7 @@ impl Flows {
     }
 
     /// Ends idle flows.
-    pub(crate) fn sweep(&mut self, now: Instant) {
+    pub(crate) fn sweep(&mut self) {
         for index in self.slots.indices() {
             let Some(flow) = self.slots.get_mut(index) else {
                 continue;
@@ -313,7 +331,7 @@ impl Flows {
                 (Way::NameServer { .. }, _) | (_, DatagramKind::Echo) => IDLE_SHORT,
                 _ => IDLE,
             };
-            if now.duration_since(flow.last) > idle {
+            if self.now.saturating_sub(flow.last) > idle {
                 self.remove(index);
             }
         }
@@ -335,7 +353,7 @@ impl Flows {
             };
             match rustix::net::recv(socket, &mut self.buffer[..], RecvFlags::empty()) {
                 Ok((count, _)) => {
-                    flow.last = Instant::now();
+                    flow.last = self.now;
                     if let Way::NameServer { answered, .. } = &mut flow.way {
                         *answered = true;
                     }
@@ -348,6 +366,7 @@ impl Flows {
                         };
                         identifier.copy_from_slice(&key.guest.port().to_be_bytes());
                     }
+                    self.passed += count.max(1) as u64;
                     let answer = Datagram {
                         kind: key.kind,
                         source: key.remote,
@@ -387,6 +406,7 @@ impl Flows {
                     let Ok(client) = SocketAddr::try_from(client) else {
                         continue;
                     };
+                    self.passed += count.max(1) as u64;
                     let data = self.buffer.get(..count).unwrap_or_default().to_vec();
                     let index = match self.by_client.get(&(place, client)) {
                         Some(index) => *index,
@@ -419,7 +439,7 @@ impl Flows {
                     let Some(flow) = self.slots.get_mut(index) else {
                         continue;
                     };
-                    flow.last = Instant::now();
+                    flow.last = self.now;
                     let Key {
                         kind,
                         guest,

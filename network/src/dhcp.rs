@@ -9,6 +9,13 @@ use crate::NetworkConfiguration;
 /// How long an address is leased, in seconds. The guest renews at half of it.
 const LEASE: u32 = 24 * 3600;
 
+/// Whether a client that gets this message has its address.
+pub(crate) fn is_acknowledgement(message: &[u8]) -> bool {
+    DhcpPacket::new_checked(message)
+        .and_then(|packet| Ok(DhcpRepr::parse(&packet)?.message_type == DhcpMessageType::Ack))
+        .unwrap_or(false)
+}
+
 /// The answer to a client's message; None when there is none, or the message is damaged.
 #[must_use]
 pub fn answer(configuration: &NetworkConfiguration, message: &[u8]) -> Option<Vec<u8>> {

@@ -44,6 +44,16 @@ pub enum NetworkError {
         /// The system's reason.
         source: io::Error,
     },
+    /// A socket that was handed over cannot serve.
+    #[error(
+        "the socket handed over for port {guest} of the guest cannot be used: {reason}; hand over one that is bound"
+    )]
+    Held {
+        /// The guest's port.
+        guest: u16,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The capture file cannot be made.
     #[error("the capture file {} cannot be written: {source}; name a file in a directory that is writable", path.display())]
     Capture {

@@ -1,11 +1,13 @@
 //! The gateway's thread: frames on one side, sockets of the host on the other.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -44,15 +46,59 @@ const SILENCE_LONGEST: Duration = Duration::from_secs(1);
 const WAIT_LONGEST: Duration = Duration::from_secs(120);
 /// How long accepting pauses when there are no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Places that the guest listens at, as it tells: more are not believed.
+const LISTENS: usize = 1 << 17;
 /// How long data that the guest has sent may take to reach the hosts' sockets after the guest has ended.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// How busy a network is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// TCP connections between the guest and the host, in either direction and whatever stage: also those that were
+    /// accepted on the host and wait for the guest, those that the guest waits for, and those that are closed but still
+    /// have data for the guest.
+    pub connections: usize,
+    /// Bytes of payload that ever passed between the guest and the host's sockets, TCP and UDP, both ways; an empty
+    /// datagram counts as one. Never less than before.
+    pub bytes: u64,
+}
+
+/// What the thread tells without being asked.
+#[derive(Debug, Default)]
+struct Counters {
+    connections: AtomicUsize,
+    bytes: AtomicU64,
+}
+
+impl Counters {
+    fn activity(&self) -> Activity {
+        Activity {
+            connections: self.connections.load(Ordering::Acquire),
+            bytes: self.bytes.load(Ordering::Acquire),
+        }
+    }
+}
+
+/// What the owner wants of the thread.
+enum Command {
+    Stop,
+    Pause(SyncSender<Activity>),
+    Suspend(SyncSender<bool>),
+    Resume,
+    Adopt(OwnedFd, u16),
+    Listens(SocketAddr, Protocol),
+    Unlistens(SocketAddr, Protocol),
+}
 
 /// A user-mode network, running in a thread of its own until it is stopped or the guest's side ends the stream.
 #[derive(Debug)]
 pub struct UserNetwork {
     published: Vec<(SocketAddr, Publish)>,
     static_network: StaticNetwork,
-    stop: Arc<OwnedFd>,
+    commands: Sender<Command>,
+    /// Told of each command.
+    bell: Arc<OwnedFd>,
+    counters: Arc<Counters>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -60,22 +106,32 @@ impl UserNetwork {
     /// Opens the published ports and starts the thread.
     ///
     /// # Errors
-    /// When a port cannot be opened or the capture file cannot be made: the error names it. Nothing is left behind.
+    /// When a port cannot be opened or used or the capture file cannot be made: the error names it. Nothing is left
+    /// behind.
     pub fn start(
         configuration: NetworkConfiguration,
         end: FrameEnd,
     ) -> Result<UserNetwork, NetworkError> {
         host::raise_descriptor_limit();
-        let published = publish::open(&configuration.publish)?;
+        let mut published = publish::hold(&configuration.held)?;
+        published.extend(publish::open(&configuration.publish)?);
         let addresses = published
             .iter()
             .map(|published| (published.address, published.publish))
             .collect();
         let static_network = configuration.static_network();
-        let stop = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let bell = rustix::event::eventfd(0, flags)
             .map_err(|error| NetworkError::system("eventfd")(error.into()))?;
-        let stop = Arc::new(stop);
-        let mut gateway = Gateway::new(configuration, published, end, &stop)?;
+        let bell = Arc::new(bell);
+        let counters = Arc::new(Counters::default());
+        let (commands, receiver) = channel();
+        let owner = Owner {
+            commands: receiver,
+            bell: Arc::clone(&bell),
+            counters: Arc::clone(&counters),
+        };
+        let mut gateway = Gateway::new(configuration, published, end, owner)?;
         let thread = std::thread::Builder::new()
             .name("kiln-network".into())
             .spawn(move || gateway.run())
@@ -83,12 +139,16 @@ impl UserNetwork {
         Ok(UserNetwork {
             published: addresses,
             static_network,
-            stop,
+            commands,
+            bell,
+            counters,
             thread: Some(thread),
         })
     }
 
-    /// The addresses of the host that lead to the guest, with their ports as they were given out.
+    /// The addresses of the host that lead to the guest, with their ports as they were given out: first those of
+    /// [`NetworkConfiguration::held`] in their order, then those of [`NetworkConfiguration::publish`], where one that names
+    /// no address gives two.
     #[must_use]
     pub fn published(&self) -> &[(SocketAddr, Publish)] {
         &self.published
@@ -100,9 +160,89 @@ impl UserNetwork {
         &self.static_network
     }
 
+    /// False when the thread has ended.
+    fn command(&self, command: Command) -> bool {
+        let taken = self.commands.send(command).is_ok();
+        // When it does not take more, it rings already.
+        let _ = rustix::io::write(&*self.bell, &1u64.to_ne_bytes());
+        taken
+    }
+
+    /// How busy the network is: cheap, and as of a moment ago.
+    #[must_use]
+    pub fn activity(&self) -> Activity {
+        self.counters.activity()
+    }
+
+    /// Takes no more connections of published TCP ports, nor datagrams of published UDP ports, until
+    /// [`resume`](Self::resume): they wait in the host's backlog and in the host's sockets, where they outlive this
+    /// network if its owner holds the sockets. All else goes on.
+    ///
+    /// Returns when that holds: a connection that was accepted before, or that the guest had asked for, is counted in the
+    /// result. Without connections when the network has ended.
+    pub fn pause(&self) -> Activity {
+        let (sender, receiver) = sync_channel(1);
+        self.command(Command::Pause(sender));
+        receiver.recv().unwrap_or_else(|_| self.activity())
+    }
+
+    /// Ends [`pause`](Self::pause) and [`suspend`](Self::suspend); what waits is taken now. The time asleep does not count
+    /// for the connections: nothing has timed out by it.
+    pub fn resume(&self) {
+        self.command(Command::Resume);
+    }
+
+    /// Prepares for a guest that is about to be stopped (`SIGSTOP`) with its connections open.
+    ///
+    /// True: from now on the thread sleeps, without a timer, and leaves everything where it is. When somebody wants the
+    /// guest - a client of a published port, data or the end on an open connection, a datagram, a connection that is
+    /// adopted, or the guest itself, that sent something before it stopped - it calls [`NetworkConfiguration::wake`], once,
+    /// and sleeps on until [`resume`](Self::resume). Clients that wait because of [`pause`](Self::pause) count too.
+    ///
+    /// False: something is under way, and the guest is to go on; ask again later. That is: bytes that one side has sent and
+    /// the other has not acknowledged or taken (so also a client that reads more slowly than the guest writes), a
+    /// connection that is being made or ended, a client that waits for the guest, a frame that is only half there, or a
+    /// guest that has not connected to the stream of frames yet. What the guest's programs have not read yet lies in the
+    /// guest's memory and does not count. False also when there is no `wake`, or when the network has ended.
+    #[must_use]
+    pub fn suspend(&self) -> bool {
+        let (sender, receiver) = sync_channel(1);
+        self.command(Command::Suspend(sender));
+        receiver.recv().unwrap_or(false)
+    }
+
+    /// Joins a stream connection of the host, TCP or Unix, to a port of the guest, as if it had been accepted on a
+    /// published port; it waits until the guest listens. `O_NONBLOCK` is set, and the connection is shut down when the
+    /// guest shuts its own down.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be used, or the network has ended.
+    pub fn adopt(&self, connection: OwnedFd, guest_port: u16) -> io::Result<()> {
+        if sockopt::socket_type(&connection)? != rustix::net::SocketType::STREAM {
+            return Err(Errno::PROTOTYPE.into());
+        }
+        rustix::io::ioctl_fionbio(&connection, true)?;
+        if self.command(Command::Adopt(connection, guest_port)) {
+            Ok(())
+        } else {
+            Err(Errno::NETDOWN.into())
+        }
+    }
+
+    /// A program of the guest listens now (TCP) or has bound (UDP), as [`kiln_abi::link::ToMonitor::Listen`] tells. Clients
+    /// that wait for it are let in at once.
+    pub fn guest_listens(&self, address: SocketAddr, protocol: Protocol) {
+        self.command(Command::Listens(address, protocol));
+    }
+
+    /// The program has closed such a socket: with [`NetworkConfiguration::listens_told`] new clients wait again.
+    pub fn guest_listens_no_more(&self, address: SocketAddr, protocol: Protocol) {
+        self.command(Command::Unlistens(address, protocol));
+    }
+
     /// Ends the network at once: all connections are reset.
     pub fn stop(&mut self) {
-        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        self.command(Command::Stop);
         self.join();
     }
 
@@ -162,11 +302,26 @@ impl FrameSink for Frames {
     }
 }
 
-/// What a published port has to do.
+/// A socket of the host that leads to a port of the guest.
+struct Door {
+    /// There is more to accept, or datagrams to read.
+    readable: bool,
+    /// TCP: the guest's port, by its place. UDP: None.
+    port: Option<usize>,
+    /// UDP: the guest has told that a program has bound the port.
+    bound: bool,
+    /// The guest has told that a program listens, or has bound the port, at some time.
+    used: bool,
+}
+
+/// A TCP port of the guest that clients of the host are led to.
 #[derive(Default)]
 struct Port {
-    /// The host has more to accept, or datagrams to read.
-    readable: bool,
+    guest: u16,
+    /// The guest has told that a program listens.
+    listens: bool,
+    /// It has told so since it was asked last.
+    just_told: bool,
     /// Clients that the guest is to be asked for.
     waiting: VecDeque<u32>,
     /// Clients that it is being asked for.
@@ -175,14 +330,29 @@ struct Port {
     open: bool,
     delay: Option<Duration>,
     /// Not before this.
-    next: Option<Instant>,
+    next: Option<Moment>,
     /// While the guest has accepted nothing: the client it is being asked for, and until when it may answer.
-    asked: Option<(u32, Instant)>,
+    asked: Option<(u32, Moment)>,
     silence: Option<Duration>,
+}
+
+/// The thread's side of its owner.
+struct Owner {
+    commands: Receiver<Command>,
+    bell: Arc<OwnedFd>,
+    counters: Arc<Counters>,
+}
+
+/// Wakes the guest's owner, once.
+struct Suspension {
+    /// When it began.
+    since: Instant,
+    woken: bool,
 }
 
 struct Gateway {
     configuration: NetworkConfiguration,
+    /// Moved by the time that the guest was suspended: to the stack and all else that time does not exist.
     started: Instant,
     poller: Poller,
     stack: Stack,
@@ -194,16 +364,31 @@ struct Gateway {
     writable: bool,
     dhcp: SocketId,
     published: Vec<Published>,
+    /// For each published port.
+    doors: Vec<Door>,
     ports: Vec<Port>,
+    /// Where the guest listens, as it has told.
+    listening: HashSet<(SocketAddr, Protocol)>,
+    /// The guest can be reached: it has its address.
+    addressed: bool,
     splices: Slots<Splice>,
     /// The splice of each socket of the stack, by the socket's index.
     by_socket: Vec<Option<(SocketId, u32)>>,
     flows: Flows,
     flows_readable: Vec<(u32, u16)>,
-    next_sweep: Instant,
+    next_sweep: Moment,
     /// Accepting goes on then.
-    accept_again: Option<Instant>,
-    stop: Arc<OwnedFd>,
+    accept_again: Option<Moment>,
+    /// Bytes that connections have moved.
+    moved: u64,
+    owner: Owner,
+    /// The bell has rung.
+    rung: bool,
+    paused: bool,
+    /// Who waits for the answer to a pause, and to a suspension.
+    pausing: Vec<SyncSender<Activity>>,
+    suspending: Vec<SyncSender<bool>>,
+    suspended: Option<Suspension>,
 }
 
 impl Gateway {
@@ -211,11 +396,13 @@ impl Gateway {
         configuration: NetworkConfiguration,
         published: Vec<Published>,
         end: FrameEnd,
-        stop: &Arc<OwnedFd>,
+        owner: Owner,
     ) -> Result<Gateway, NetworkError> {
         let poller = Poller::new().map_err(NetworkError::system("epoll_create1"))?;
         let watch = NetworkError::system;
-        poller.add(stop, Token::Stop).map_err(watch("epoll_ctl"))?;
+        poller
+            .add(&owner.bell, Token::Bell)
+            .map_err(watch("epoll_ctl"))?;
         for (index, published) in (0u32..).zip(&published) {
             poller
                 .add(&published.socket, Token::Published(index))
@@ -252,9 +439,19 @@ impl Gateway {
         // The port is free: nothing else is bound in a new stack.
         let _ = stack.datagram_bind(dhcp, SocketAddr::from(([0, 0, 0, 0], 67)));
         let flows = Flows::new(&configuration);
-        let now = Instant::now();
+        let mut ports: Vec<Port> = Vec::new();
+        let doors = published
+            .iter()
+            .map(|published| Door {
+                readable: true,
+                port: (published.publish.protocol == Protocol::Tcp)
+                    .then(|| place_of(&mut ports, published.publish.guest)),
+                bound: false,
+                used: false,
+            })
+            .collect();
         Ok(Gateway {
-            started: now,
+            started: Instant::now(),
             poller,
             stack,
             frames: Frames {
@@ -268,39 +465,58 @@ impl Gateway {
             readable: true,
             writable: true,
             dhcp,
-            ports: published
-                .iter()
-                .map(|_| Port {
-                    readable: true,
-                    ..Port::default()
-                })
-                .collect(),
+            addressed: !(configuration.dhcp && configuration.listens_told),
+            doors,
+            ports,
+            listening: HashSet::new(),
             published,
             splices: Slots::new(),
             by_socket: Vec::new(),
             flows,
             flows_readable: Vec::new(),
-            next_sweep: now,
+            next_sweep: Moment::ZERO,
             accept_again: None,
-            stop: Arc::clone(stop),
+            moved: 0,
+            owner,
+            rung: false,
+            paused: false,
+            pausing: Vec::new(),
+            suspending: Vec::new(),
+            suspended: None,
             configuration,
         })
     }
 
+    /// The time that counts: it stands still while the guest is suspended.
     fn now(&self) -> Moment {
-        self.started.elapsed()
+        match &self.suspended {
+            Some(suspension) => suspension.since.saturating_duration_since(self.started),
+            None => self.started.elapsed(),
+        }
     }
 
     fn run(&mut self) {
         let (mut changes, mut events) = (Vec::new(), Events::new());
         let mut work: Vec<u32> = Vec::new();
         loop {
-            work.clear();
+            let mut wanted = false;
             for change in &changes {
-                if !self.take_change(change, &mut work) {
+                self.take_change(change, &mut work);
+                wanted |= self.suspended.is_some() && self.is_for_guest(change);
+            }
+            if !self.obey(&mut wanted) {
+                return;
+            }
+            if self.suspended.is_some() {
+                if wanted {
+                    self.wake();
+                }
+                if self.poller.wait(None, &mut events, &mut changes).is_err() {
                     return;
                 }
+                continue;
             }
+            self.flows.set_time(self.now());
             self.accept_all();
             if !self.read_frames() {
                 break;
@@ -309,7 +525,12 @@ impl Gateway {
                 self.pump(index);
             }
             self.serve();
-            let timeout = self.timeout();
+            self.answer();
+            let timeout = if self.suspended.is_some() {
+                None
+            } else {
+                self.timeout()
+            };
             if self
                 .poller
                 .wait(timeout, &mut events, &mut changes)
@@ -321,13 +542,145 @@ impl Gateway {
         self.drain();
     }
 
-    /// Takes note of what epoll says; false when the network is to end.
-    fn take_change(&mut self, change: &Change, work: &mut Vec<u32>) -> bool {
+    /// Whether something that epoll says is worth waking a suspended guest.
+    fn is_for_guest(&mut self, change: &Change) -> bool {
         match change.token {
-            Token::Stop => return !change.readable,
+            Token::Bell | Token::FrameListener => false,
+            // It has sent that before it was stopped.
+            Token::Frames => change.readable,
+            Token::Published(index) => {
+                change.readable
+                    && self
+                        .doors
+                        .get(index as usize)
+                        .is_some_and(|door| door.used || !self.configuration.listens_told)
+            }
+            Token::Splice(index, generation) => self
+                .splices
+                .get_exact(index, generation)
+                .is_some_and(|splice| change.failed || (change.readable && !splice.host_ended())),
+            Token::Flow(..) => change.readable,
+        }
+    }
+
+    /// Does what the owner has asked for; false when the network is to end. `wanted` is set when that needs the guest.
+    fn obey(&mut self, wanted: &mut bool) -> bool {
+        if !std::mem::take(&mut self.rung) {
+            return true;
+        }
+        let _ = rustix::io::read(&*self.owner.bell, &mut [0; 8]);
+        while let Ok(command) = self.owner.commands.try_recv() {
+            match command {
+                Command::Stop => return false,
+                Command::Pause(answer) => {
+                    self.paused = true;
+                    self.accept_again = None;
+                    // What the guest has sent so far counts.
+                    self.readable = true;
+                    if self.suspended.is_some() {
+                        let _ = answer.send(self.activity());
+                    } else {
+                        self.pausing.push(answer);
+                    }
+                }
+                Command::Suspend(answer) => {
+                    self.readable = true;
+                    if self.suspended.is_some() {
+                        let _ = answer.send(true);
+                    } else {
+                        self.suspending.push(answer);
+                    }
+                }
+                Command::Resume => {
+                    self.paused = false;
+                    if let Some(suspension) = self.suspended.take() {
+                        self.started += suspension.since.elapsed();
+                    }
+                }
+                Command::Adopt(connection, port) => {
+                    self.adopt(connection, port);
+                    *wanted = true;
+                }
+                Command::Listens(address, protocol) => self.guest_listens(address, protocol),
+                Command::Unlistens(address, protocol) => {
+                    self.guest_listens_no_more(address, protocol);
+                }
+            }
+        }
+        true
+    }
+
+    fn wake(&mut self) {
+        if let Some(suspension) = &mut self.suspended
+            && !suspension.woken
+            && let Some(wake) = &self.configuration.wake
+        {
+            suspension.woken = true;
+            wake();
+        }
+    }
+
+    /// Answers the owner's questions, once all that was known when they came has been done.
+    fn answer(&mut self) {
+        let activity = self.activity();
+        for answer in self.pausing.drain(..) {
+            // Who does not wait any more need not know.
+            let _ = answer.send(activity);
+        }
+        if self.suspending.is_empty() {
+            return;
+        }
+        let quiet = self.configuration.wake.is_some() && self.is_quiet();
+        for answer in std::mem::take(&mut self.suspending) {
+            let _ = answer.send(quiet);
+        }
+        if quiet {
+            self.suspended = Some(Suspension {
+                since: Instant::now(),
+                woken: false,
+            });
+        }
+    }
+
+    fn activity(&mut self) -> Activity {
+        let counters = &self.owner.counters;
+        let connections = self.splices.len() + self.stack.tcp_unsent_orphans();
+        counters.connections.store(connections, Ordering::Release);
+        counters
+            .bytes
+            .store(self.moved + self.flows.passed(), Ordering::Release);
+        counters.activity()
+    }
+
+    /// Whether nothing is under way between the host and the guest; see [`UserNetwork::suspend`].
+    fn is_quiet(&mut self) -> bool {
+        self.stream.is_some()
+            && !self.readable
+            && self.decoder.is_empty()
+            && self.frames.encoder.pending().is_empty()
+            && self.stack.is_quiet()
+            && self.flows_readable.is_empty()
+            && !self.has_clients()
+            && self.splices.indices().into_iter().all(|index| {
+                self.splices.get_mut(index).is_some_and(|splice| {
+                    splice.stage == Stage::Open && (!splice.readable || splice.host_ended())
+                })
+            })
+    }
+
+    /// Takes note of what epoll says.
+    fn take_change(&mut self, change: &Change, work: &mut Vec<u32>) {
+        match change.token {
+            Token::Bell => self.rung = true,
             Token::Frames => {
                 self.readable |= change.readable;
                 self.writable |= change.writable;
+                if change.hung_up
+                    && let Some(suspension) = self.suspended.take()
+                {
+                    // The guest has ended, though it was stopped.
+                    self.started += suspension.since.elapsed();
+                }
             }
             Token::FrameListener => {
                 if let Some(listener) = &self.listener
@@ -342,8 +695,8 @@ impl Gateway {
                 }
             }
             Token::Published(index) => {
-                if let Some(port) = self.ports.get_mut(index as usize) {
-                    port.readable |= change.readable;
+                if let Some(door) = self.doors.get_mut(index as usize) {
+                    door.readable |= change.readable;
                 }
             }
             Token::Splice(index, generation) => {
@@ -351,6 +704,7 @@ impl Gateway {
                     splice.readable |= change.readable;
                     splice.writable |= change.writable;
                     splice.hung_up |= change.hung_up;
+                    splice.failed |= change.failed;
                     work.push(index);
                 }
             }
@@ -360,7 +714,6 @@ impl Gateway {
                 }
             }
         }
-        true
     }
 
     /// Reads frames; false when the stream has ended.
@@ -444,10 +797,10 @@ impl Gateway {
         {
             self.frames.capture = None;
         }
-        let now = Instant::now();
+        let now = self.now();
         if now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
-            self.flows.sweep(now);
+            self.flows.sweep();
         }
     }
 
@@ -476,34 +829,108 @@ impl Gateway {
         if (self.readable && self.stream.is_some()) || !self.flows_readable.is_empty() {
             return Some(Duration::ZERO);
         }
-        let now = Instant::now();
-        let moment = self.now();
-        let stack = self
-            .stack
-            .next_deadline()
-            .map(|deadline| deadline.saturating_sub(moment));
-        let sweep =
-            (!self.flows.is_empty()).then(|| self.next_sweep.saturating_duration_since(now));
-        let accept = self
-            .accept_again
-            .map(|at| at.saturating_duration_since(now));
+        let sweep = (!self.flows.is_empty()).then_some(self.next_sweep);
         let knock = self
             .ports
             .iter()
-            .filter(|port| !port.waiting.is_empty() && port.knocking < port.limit())
+            .filter(|port| {
+                !port.waiting.is_empty() && port.knocking < port.limit() && self.may_knock(port)
+            })
             .filter_map(|port| port.next)
-            .map(|at| at.saturating_duration_since(now))
             .min();
         let silence = self
             .ports
             .iter()
             .filter_map(|port| port.asked)
-            .map(|(_, until)| until.saturating_duration_since(now))
+            .map(|(_, until)| until)
             .min();
-        [stack, sweep, accept, knock, silence]
-            .into_iter()
-            .flatten()
-            .min()
+        let next = [
+            self.stack.next_deadline(),
+            sweep,
+            self.accept_again,
+            knock,
+            silence,
+        ]
+        .into_iter()
+        .flatten()
+        .min()?;
+        Some(next.saturating_sub(self.now()))
+    }
+
+    /// Whether the guest may be asked for clients of a port.
+    fn may_knock(&self, port: &Port) -> bool {
+        !self.configuration.listens_told || (self.addressed && port.listens)
+    }
+
+    /// A program of the guest listens.
+    fn guest_listens(&mut self, address: SocketAddr, protocol: Protocol) {
+        // Nobody gets there from outside.
+        if address.ip().to_canonical().is_loopback() || self.listening.len() >= LISTENS {
+            return;
+        }
+        self.listening.insert((address, protocol));
+        for (door, published) in self.doors.iter_mut().zip(&self.published) {
+            let publish = published.publish;
+            door.used |= publish.protocol == protocol && publish.guest == address.port();
+        }
+        match protocol {
+            Protocol::Tcp => {
+                let soon = self.now() + KNOCK_FIRST;
+                let found = self.ports.iter_mut();
+                for port in found.filter(|port| port.guest == address.port()) {
+                    port.listens = true;
+                    port.just_told = true;
+                    port.delay = None;
+                    port.next = None;
+                    if let Some((_, until)) = &mut port.asked {
+                        // It was asked too early, and its refusal may be lost.
+                        *until = soon.min(*until);
+                        port.silence = Some(SILENCE_FIRST);
+                    }
+                }
+            }
+            Protocol::Udp => self.set_bound(address.port(), true),
+        }
+    }
+
+    fn guest_listens_no_more(&mut self, address: SocketAddr, protocol: Protocol) {
+        self.listening.remove(&(address, protocol));
+        let same = |(other, transport): &(SocketAddr, Protocol)| {
+            other.port() == address.port() && *transport == protocol
+        };
+        if self.listening.iter().any(same) {
+            return;
+        }
+        match protocol {
+            Protocol::Tcp => {
+                let found = self.ports.iter_mut();
+                for port in found.filter(|port| port.guest == address.port()) {
+                    port.listens = false;
+                }
+            }
+            Protocol::Udp => self.set_bound(address.port(), false),
+        }
+    }
+
+    fn set_bound(&mut self, guest: u16, bound: bool) {
+        for (door, published) in self.doors.iter_mut().zip(&self.published) {
+            if published.publish.protocol == Protocol::Udp && published.publish.guest == guest {
+                door.bound = bound;
+            }
+        }
+    }
+
+    /// Whether clients of published ports wait for the guest. Ports that no program has ever cared for do not count.
+    fn has_clients(&mut self) -> bool {
+        let told = self.configuration.listens_told;
+        let doors = self.doors.iter_mut().zip(&self.published);
+        doors
+            .filter(|(door, _)| door.used || !told)
+            .any(|(door, published)| {
+                // Nobody may have looked for a while.
+                door.readable = door.readable && host::is_readable(&published.socket);
+                door.readable
+            })
     }
 
     fn answer_dhcp(&mut self) {
@@ -511,6 +938,9 @@ impl Gateway {
             let Some(data) = dhcp::answer(&self.configuration, &request.data) else {
                 continue;
             };
+            // What is sent after it finds the guest with its address.
+            let first = !self.addressed && dhcp::is_acknowledgement(&data);
+            self.addressed |= first;
             // To all: the guest may not have the address yet.
             self.stack.send_datagram(&Datagram {
                 kind: DatagramKind::Udp,
@@ -519,12 +949,15 @@ impl Gateway {
                 data,
             });
             // The guest's network is coming up: what was asked before may be lost.
-            let soon = Instant::now() + KNOCK_FIRST;
+            let soon = self.now() + KNOCK_FIRST;
             for port in &mut self.ports {
                 if let Some((_, until)) = &mut port.asked {
                     *until = soon.min(*until);
                     port.silence = Some(SILENCE_FIRST);
                 }
+            }
+            if first {
+                self.accept_all();
             }
         }
     }
@@ -541,14 +974,18 @@ impl Gateway {
             }
         }
         for index in 0..self.published.len() {
-            let (Some(published), Some(port)) =
-                (self.published.get(index), self.ports.get_mut(index))
+            let (Some(published), Some(door)) =
+                (self.published.get(index), self.doors.get_mut(index))
             else {
                 continue;
             };
-            if published.publish.protocol == Protocol::Udp && port.readable {
+            if door.readable
+                && !self.paused
+                && self.addressed
+                && door.takes_datagrams(&self.configuration)
+            {
                 any = true;
-                port.readable = self.flows.take_from_clients(
+                door.readable = self.flows.take_from_clients(
                     &self.configuration,
                     &mut self.stack,
                     &self.poller,
@@ -580,22 +1017,25 @@ impl Gateway {
 
     /// Accepts all clients of published TCP ports.
     fn accept_all(&mut self) {
-        if let Some(at) = self.accept_again {
-            if Instant::now() < at {
-                return;
-            }
-            self.accept_again = None;
+        let now = self.now();
+        if self.paused || self.accept_again.is_some_and(|at| now < at) {
+            return;
         }
+        self.accept_again = None;
         for index in 0..self.published.len() {
-            let (Some(published), Some(port)) =
-                (self.published.get(index), self.ports.get_mut(index))
+            let (Some(published), Some(door)) =
+                (self.published.get(index), self.doors.get_mut(index))
             else {
                 continue;
             };
-            if published.publish.protocol != Protocol::Tcp {
+            let Some(place) = door.port else { continue };
+            let Some(port) = self.ports.get_mut(place) else {
+                continue;
+            };
+            if self.configuration.listens_told && !(self.addressed && port.listens) {
                 continue;
             }
-            while port.readable {
+            while door.readable {
                 match rustix::net::accept_with(
                     &published.socket,
                     SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
@@ -603,25 +1043,18 @@ impl Gateway {
                     Ok(socket) => {
                         // Small answers must not wait for the client's acknowledgement.
                         let _ = sockopt::set_tcp_nodelay(&socket, true);
-                        let mut splice = Splice::new(socket, Stage::Waiting);
-                        splice.published = Some(index as u32);
-                        let (place, generation) = self.splices.insert(splice);
-                        let watched = self.splices.get_mut(place).is_some_and(|splice| {
-                            self.poller
-                                .add(&splice.host, Token::Splice(place, generation))
-                                .is_ok()
-                        });
-                        if watched {
-                            port.waiting.push_back(place);
-                        } else {
-                            self.splices.remove(place);
+                        let mut splice = Splice::new(socket, Stage::Waiting, now);
+                        splice.port = Some(place as u32);
+                        if let Some(index) = add_splice(&mut self.splices, &self.poller, splice) {
+                            port.waiting.push_back(index);
                         }
                     }
-                    Err(Errno::AGAIN) => port.readable = false,
+                    // Its owner has ended it.
+                    Err(Errno::AGAIN | Errno::INVAL) => door.readable = false,
                     Err(Errno::INTR | Errno::CONNABORTED) => {}
                     Err(_) => {
                         // No descriptors or memory: the others wait in the host's backlog.
-                        self.accept_again = Some(Instant::now() + ACCEPT_PAUSE);
+                        self.accept_again = Some(now + ACCEPT_PAUSE);
                         return;
                     }
                 }
@@ -629,9 +1062,28 @@ impl Gateway {
         }
     }
 
+    /// Takes a connection that the owner has accepted.
+    fn adopt(&mut self, connection: OwnedFd, guest: u16) {
+        // Small answers must not wait; a Unix socket has no such thing.
+        let _ = sockopt::set_tcp_nodelay(&connection, true);
+        let place = place_of(&mut self.ports, guest);
+        let mut splice = Splice::new(connection, Stage::Waiting, self.now());
+        splice.port = Some(place as u32);
+        let Some(port) = self.ports.get_mut(place) else {
+            return;
+        };
+        port.listens |= self
+            .listening
+            .iter()
+            .any(|(address, protocol)| address.port() == guest && *protocol == Protocol::Tcp);
+        if let Some(index) = add_splice(&mut self.splices, &self.poller, splice) {
+            port.waiting.push_back(index);
+        }
+    }
+
     /// Asks the guest for waiting clients, as many as may be; true when it asked for one.
     fn knock_all(&mut self) -> bool {
-        let now = Instant::now();
+        let now = self.now();
         let mut any = false;
         for index in 0..self.ports.len() {
             if let Some(port) = self.ports.get_mut(index)
@@ -645,6 +1097,7 @@ impl Gateway {
             }
             while let Some(port) = self.ports.get_mut(index) {
                 if port.waiting.is_empty()
+                    || (self.configuration.listens_told && !(self.addressed && port.listens))
                     || port.knocking >= port.limit()
                     || port.next.is_some_and(|at| now < at)
                 {
@@ -654,14 +1107,11 @@ impl Gateway {
                     break;
                 };
                 let since = self.splices.get_mut(place).map(|splice| splice.since);
-                if since.is_none_or(|since| now.duration_since(since) > WAIT_LONGEST) {
+                if since.is_none_or(|since| now.saturating_sub(since) > WAIT_LONGEST) {
                     self.end(place, Outcome::GuestReset);
                     continue;
                 }
-                let guest_port = self
-                    .published
-                    .get(index)
-                    .map_or(0, |published| published.publish.guest);
+                let guest_port = port.guest;
                 let id = self.stack.tcp_open();
                 let _ = self.stack.tcp_set_no_delay(id, true);
                 let guest = SocketAddr::new(self.configuration.guest_v4.into(), guest_port);
@@ -673,6 +1123,7 @@ impl Gateway {
                     break;
                 }
                 port.knocking += 1;
+                port.just_told = false;
                 if !port.open {
                     port.asked = Some((place, now + port.silence.unwrap_or(SILENCE_FIRST)));
                 }
@@ -709,21 +1160,15 @@ impl Gateway {
         };
         match host::start_connect(&target) {
             Ok(socket) => {
-                let mut splice = Splice::new(socket, Stage::Dialing);
+                let mut splice = Splice::new(socket, Stage::Dialing, self.now());
                 splice.guest = Some(id);
                 // Not before epoll says that it is connected.
                 splice.writable = false;
-                let (place, generation) = self.splices.insert(splice);
-                let watched = self.splices.get_mut(place).is_some_and(|splice| {
-                    self.poller
-                        .add(&splice.host, Token::Splice(place, generation))
-                        .is_ok()
-                });
-                if watched {
-                    self.join(id, place);
-                } else {
-                    self.splices.remove(place);
-                    let _ = self.stack.tcp_refuse(id, Error::HostUnreachable);
+                match add_splice(&mut self.splices, &self.poller, splice) {
+                    Some(place) => self.join(id, place),
+                    None => {
+                        let _ = self.stack.tcp_refuse(id, Error::HostUnreachable);
+                    }
                 }
             }
             Err(error) => {
@@ -763,7 +1208,7 @@ impl Gateway {
             Stage::Knocking => {
                 let Some(id) = splice.guest else { return };
                 let ready = self.stack.readiness(id);
-                let place = splice.published.unwrap_or(0) as usize;
+                let place = splice.port.unwrap_or(0) as usize;
                 let Some(port) = self.ports.get_mut(place) else {
                     return;
                 };
@@ -787,7 +1232,7 @@ impl Gateway {
             }
             Stage::Open => {}
         }
-        let outcome = splice.pump(&mut self.stack);
+        let outcome = splice.pump(&mut self.stack, &mut self.moved);
         if outcome != Outcome::Open {
             self.end(index, outcome);
         }
@@ -801,7 +1246,11 @@ impl Gateway {
         if let Some(id) = splice.guest.take() {
             self.stack.close(id);
         }
-        let Some(port) = self.ports.get_mut(splice.published.unwrap_or(0) as usize) else {
+        let now = self.now();
+        let Some(splice) = self.splices.get_mut(index) else {
+            return;
+        };
+        let Some(port) = self.ports.get_mut(splice.port.unwrap_or(0) as usize) else {
             return;
         };
         port.knocking -= 1;
@@ -814,8 +1263,13 @@ impl Gateway {
         let delay = port
             .delay
             .map_or(KNOCK_FIRST, |delay| (delay * 5 / 4).min(KNOCK_LONGEST));
-        port.delay = Some(delay);
-        port.next = Some(Instant::now() + delay);
+        if std::mem::take(&mut port.just_told) {
+            // It listens since.
+            port.next = None;
+        } else {
+            port.delay = Some(delay);
+            port.next = Some(now + delay);
+        }
         port.waiting.push_front(index);
     }
 
@@ -847,7 +1301,7 @@ impl Gateway {
                 };
                 // Nothing goes to the guest any more.
                 splice.readable = false;
-                let outcome = splice.pump(&mut self.stack);
+                let outcome = splice.pump(&mut self.stack, &mut self.moved);
                 let waits = splice
                     .guest
                     .is_some_and(|id| self.stack.tcp_queues(id).0 > 0);
@@ -871,13 +1325,60 @@ impl Gateway {
             }
             let mut work = Vec::new();
             for change in &changes {
-                if !self.take_change(change, &mut work) {
-                    return;
-                }
+                self.take_change(change, &mut work);
+            }
+            if !self.obey(&mut false) {
+                return;
+            }
+            let activity = self.activity();
+            for answer in self.pausing.drain(..) {
+                let _ = answer.send(activity);
+            }
+            for answer in self.suspending.drain(..) {
+                let _ = answer.send(false);
             }
         }
-        // Keeps the descriptor that the owner may still write to.
-        let _ = &self.stop;
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.owner.counters.connections.store(0, Ordering::Release);
+    }
+}
+
+/// Takes a connection in and watches it; None, and it is closed, when it cannot be watched.
+fn add_splice(splices: &mut Slots<Splice>, poller: &Poller, splice: Splice) -> Option<u32> {
+    let (index, generation) = splices.insert(splice);
+    let watched = splices.get_mut(index).is_some_and(|splice| {
+        poller
+            .add(&splice.host, Token::Splice(index, generation))
+            .is_ok()
+    });
+    if !watched {
+        splices.remove(index);
+    }
+    watched.then_some(index)
+}
+
+/// The place of one of the guest's TCP ports.
+fn place_of(ports: &mut Vec<Port>, guest: u16) -> usize {
+    ports
+        .iter()
+        .position(|port| port.guest == guest)
+        .unwrap_or_else(|| {
+            ports.push(Port {
+                guest,
+                ..Port::default()
+            });
+            ports.len() - 1
+        })
+}
+
+impl Door {
+    /// Whether datagrams are taken in: it is a UDP port, and a program wants them.
+    fn takes_datagrams(&self, configuration: &NetworkConfiguration) -> bool {
+        self.port.is_none() && (self.bound || !configuration.listens_told)
     }
 }
 

@@ -17,8 +17,8 @@ pub(crate) enum Token {
     Frames,
     /// Where the stream of frames is to be accepted.
     FrameListener,
-    /// The owner wants the network to end.
-    Stop,
+    /// The owner has a command.
+    Bell,
     /// A published port, by its place.
     Published(u32),
     /// A spliced connection, by its place and a number that changes when the place is used again.
@@ -35,7 +35,7 @@ impl Token {
         match self {
             Token::Frames => 0,
             Token::FrameListener => pack(1, 0, 0),
-            Token::Stop => pack(2, 0, 0),
+            Token::Bell => pack(2, 0, 0),
             Token::Published(index) => pack(3, index, 0),
             Token::Splice(index, generation) => pack(4, index, generation),
             Token::Flow(index, generation) => pack(5, index, generation),
@@ -47,7 +47,7 @@ impl Token {
         Some(match value >> 48 {
             0 => Token::Frames,
             1 => Token::FrameListener,
-            2 => Token::Stop,
+            2 => Token::Bell,
             3 => Token::Published(index),
             4 => Token::Splice(index, generation),
             5 => Token::Flow(index, generation),
@@ -64,6 +64,8 @@ pub(crate) struct Change {
     pub(crate) writable: bool,
     /// The other end has closed, or there is an error: reading tells which.
     pub(crate) hung_up: bool,
+    /// There is an error: the connection was reset, or timed out.
+    pub(crate) failed: bool,
 }
 
 /// An epoll instance.
@@ -130,11 +132,23 @@ impl Poller {
                     readable: hung_up || flags.contains(epoll::EventFlags::IN),
                     writable: hung_up || flags.contains(epoll::EventFlags::OUT),
                     hung_up,
+                    failed: flags.contains(epoll::EventFlags::ERR),
                 });
             }
         }
         Ok(())
     }
+}
+
+/// Whether there is something to accept or read, or an error.
+pub(crate) fn is_readable(descriptor: &impl AsFd) -> bool {
+    let mut asked = [rustix::event::PollFd::new(
+        descriptor,
+        rustix::event::PollFlags::IN,
+    )];
+    // Who cannot be asked may have something.
+    rustix::event::poll(&mut asked, Some(&rustix::event::Timespec::default()))
+        .map_or(true, |count| count > 0)
 }
 
 /// Lets this process have as many descriptors as it may: each connection of the guest takes one.

@@ -11,6 +11,8 @@
 //! - The guest's connection is accepted only when the host's has been made, and refused when that was refused.
 //! - A published port listens on the host before [`UserNetwork::start`] returns, and a client waits until the guest
 //!   listens too.
+//! - The network's thread sleeps while there is nothing to do; while the guest is suspended it does nothing at all but see
+//!   who wants it.
 //! - Data, half closes and resets pass both ways; a slow end slows down the other, and no buffer grows without bound.
 //! - The guest does not reach the host's loopback, unless it is allowed to.
 
@@ -30,10 +32,10 @@ mod splice;
 #[cfg(test)]
 mod tests;
 
-pub use configuration::{FrameEnd, LOCAL_MTU, Lookup, MACHINE_MTU, NetworkConfiguration};
+pub use configuration::{FrameEnd, LOCAL_MTU, Lookup, MACHINE_MTU, NetworkConfiguration, Wake};
 pub use dhcp::answer as answer_dhcp;
 pub use dns::{Question, Reply, answer as answer_dns, parse_question};
 pub use error::NetworkError;
-pub use gateway::UserNetwork;
+pub use gateway::{Activity, UserNetwork};
 pub use kiln_tcpip::Checksums;
-pub use publish::Publish;
+pub use publish::{Held, Publish};

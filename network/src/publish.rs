@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use kiln_abi::manifest::Protocol;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
@@ -22,10 +23,25 @@ pub struct Publish {
     pub protocol: Protocol,
 }
 
+/// A published port whose socket its owner has opened: bound, and for TCP listening.
+///
+/// The owner may keep duplicates and use the socket again later: the network accepts from it, or receives and sends, sets
+/// `O_NONBLOCK`, and in the end closes its own descriptor. It never shuts the socket down, so what it has not accepted
+/// or received by then waits for whoever is next.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// The socket.
+    pub socket: Arc<OwnedFd>,
+    /// Port of the guest.
+    pub guest: u16,
+    /// Transport.
+    pub protocol: Protocol,
+}
+
 /// An open socket of the host for a published port.
 #[derive(Debug)]
 pub(crate) struct Published {
-    pub(crate) socket: OwnedFd,
+    pub(crate) socket: Arc<OwnedFd>,
     pub(crate) address: SocketAddr,
     pub(crate) publish: Publish,
 }
@@ -58,6 +74,47 @@ pub(crate) fn open(publish: &[Publish]) -> Result<Vec<Published>, NetworkError> 
         }
     }
     Ok(opened)
+}
+
+/// Takes the sockets that are open already.
+pub(crate) fn hold(held: &[Held]) -> Result<Vec<Published>, NetworkError> {
+    held.iter().map(hold_one).collect()
+}
+
+fn hold_one(held: &Held) -> Result<Published, NetworkError> {
+    let failed = |source: rustix::io::Errno| NetworkError::Held {
+        guest: held.guest,
+        reason: source.to_string(),
+    };
+    let wrong = |reason: &str| NetworkError::Held {
+        guest: held.guest,
+        reason: reason.into(),
+    };
+    let (kind, name) = match held.protocol {
+        Protocol::Tcp => (SocketType::STREAM, "it is not a TCP socket"),
+        Protocol::Udp => (SocketType::DGRAM, "it is not a UDP socket"),
+    };
+    if sockopt::socket_type(&held.socket).map_err(failed)? != kind {
+        return Err(wrong(name));
+    }
+    if held.protocol == Protocol::Tcp
+        && !sockopt::socket_acceptconn(&held.socket).map_err(failed)?
+    {
+        return Err(wrong("it does not listen"));
+    }
+    let address = SocketAddr::try_from(rustix::net::getsockname(&held.socket).map_err(failed)?)
+        .map_err(|_| wrong(name))?;
+    rustix::io::ioctl_fionbio(&held.socket, true).map_err(failed)?;
+    Ok(Published {
+        socket: Arc::clone(&held.socket),
+        address,
+        publish: Publish {
+            address: Some(address.ip()),
+            host: address.port(),
+            guest: held.guest,
+            protocol: held.protocol,
+        },
+    })
 }
 
 fn open_one(publish: &Publish, address: SocketAddr) -> Result<Published, NetworkError> {
@@ -95,7 +152,7 @@ fn open_one(publish: &Publish, address: SocketAddr) -> Result<Published, Network
         }
         let address = SocketAddr::try_from(rustix::net::getsockname(&socket)?).unwrap_or(address);
         Ok(Published {
-            socket,
+            socket: Arc::new(socket),
             address,
             publish: *publish,
         })

@@ -4,9 +4,9 @@
 //! one side stops the reading of the other.
 
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use kiln_tcpip::{Error, Shutdown, SocketId, Stack};
+use kiln_tcpip::{Error, Moment, Shutdown, SocketId, Stack};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, sockopt};
 
@@ -29,13 +29,15 @@ pub(crate) struct Splice {
     /// None while the guest has not been asked yet.
     pub(crate) guest: Option<SocketId>,
     pub(crate) stage: Stage,
-    /// The published port that it came in by.
-    pub(crate) published: Option<u32>,
-    pub(crate) since: Instant,
+    /// The guest's port that it is for (its place in the gateway's list), if it came in.
+    pub(crate) port: Option<u32>,
+    pub(crate) since: Moment,
     pub(crate) readable: bool,
     pub(crate) writable: bool,
     /// The other end of the host's connection has closed: read on until the end shows.
     pub(crate) hung_up: bool,
+    /// The host's connection has failed: read on until the error shows.
+    pub(crate) failed: bool,
     /// All that the host will send was read, and the guest was told.
     host_ended: bool,
     /// All that the guest will send was passed on, and the host was told.
@@ -56,40 +58,54 @@ pub(crate) enum Outcome {
 }
 
 impl Splice {
-    pub(crate) fn new(host: OwnedFd, stage: Stage) -> Splice {
+    pub(crate) fn new(host: OwnedFd, stage: Stage, since: Moment) -> Splice {
         Splice {
             host,
             guest: None,
             stage,
-            published: None,
-            since: Instant::now(),
+            port: None,
+            since,
             readable: true,
             writable: true,
             hung_up: false,
+            failed: false,
             host_ended: false,
             guest_ended: false,
         }
     }
 
-    /// Moves what can be moved.
-    pub(crate) fn pump(&mut self, stack: &mut Stack) -> Outcome {
+    /// Whether all that the host will send was read.
+    pub(crate) fn host_ended(&self) -> bool {
+        self.host_ended
+    }
+
+    /// Moves what can be moved, and adds its bytes to `moved`.
+    pub(crate) fn pump(&mut self, stack: &mut Stack, moved: &mut u64) -> Outcome {
         let Some(guest) = self.guest.filter(|_| self.stage == Stage::Open) else {
             return Outcome::Open;
         };
-        if let Some(outcome) = self.pump_to_host(stack, guest) {
+        if let Some(outcome) = self.pump_to_host(stack, guest, moved) {
             return outcome;
         }
-        if let Some(outcome) = self.pump_to_guest(stack, guest) {
+        if let Some(outcome) = self.pump_to_guest(stack, guest, moved) {
             return outcome;
         }
         if self.host_ended && self.guest_ended {
             Outcome::Ended
+        } else if self.host_ended && self.failed {
+            // Nobody will hear what the guest still says.
+            Outcome::HostReset
         } else {
             Outcome::Open
         }
     }
 
-    fn pump_to_guest(&mut self, stack: &mut Stack, guest: SocketId) -> Option<Outcome> {
+    fn pump_to_guest(
+        &mut self,
+        stack: &mut Stack,
+        guest: SocketId,
+        moved: &mut u64,
+    ) -> Option<Outcome> {
         while self.readable && !self.host_ended {
             let mut result = Ok(0);
             let mut asked = 0;
@@ -100,7 +116,7 @@ impl Splice {
                 result.unwrap_or(0)
             });
             match sent {
-                Ok(_) => {}
+                Ok(count) => *moved += count as u64,
                 // Full: the guest's next acknowledgement goes on from here.
                 Err(Error::WouldBlock) => return None,
                 Err(_) => return Some(Outcome::GuestReset),
@@ -122,7 +138,12 @@ impl Splice {
         None
     }
 
-    fn pump_to_host(&mut self, stack: &mut Stack, guest: SocketId) -> Option<Outcome> {
+    fn pump_to_host(
+        &mut self,
+        stack: &mut Stack,
+        guest: SocketId,
+        moved: &mut u64,
+    ) -> Option<Outcome> {
         while self.writable && !self.guest_ended {
             let mut result = None;
             let received = stack.tcp_receive_with(guest, |bytes| {
@@ -132,6 +153,7 @@ impl Splice {
             });
             match (received, result) {
                 (Ok(_), Some((Ok(sent), offered))) => {
+                    *moved += sent as u64;
                     if sent < offered {
                         self.writable = false;
                     }

@@ -112,6 +112,11 @@ impl Datagrams {
         (!self.outgoing.is_empty() && !sink_was_full).then_some(Moment::ZERO)
     }
 
+    /// Whether nothing waits to be sent or taken.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.outgoing.is_empty() && self.intercepted.is_empty()
+    }
+
     fn push(&mut self, header: IpHeader, payload: Vec<u8>) -> bool {
         if self.outgoing_bytes > SEND_BYTES {
             return false;

@@ -89,6 +89,12 @@ impl FrameDecoder {
         self.end = (self.end + count).min(self.buffer.len());
     }
 
+    /// Whether no part of a frame waits for its rest.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
     /// The next whole frame.
     ///
     /// # Errors

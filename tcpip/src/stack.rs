@@ -247,6 +247,33 @@ impl Stack {
         .min()
     }
 
+    /// Whether nothing is under way on the link, so that the other end may fall silent for any time: no packet waits to be
+    /// sent, nothing sent waits for its acknowledgement, nothing received waits to be acknowledged or taken, and no
+    /// connection is being made or ended. Connections may be open, also in one direction only.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.replies.pending().is_empty()
+            && self.link.next_deadline().is_none()
+            && self.datagrams.is_quiet()
+            && self.events.is_empty()
+            && self.sockets.iter().all(|socket| match socket {
+                Socket::TcpConnection(connection) => connection.is_quiet(),
+                _ => true,
+            })
+    }
+
+    /// Connections that their owner has closed and that still have data for the other end.
+    #[must_use]
+    pub fn tcp_unsent_orphans(&self) -> usize {
+        self.sockets
+            .iter()
+            .filter(|socket| match socket {
+                Socket::TcpConnection(connection) => connection.is_unsent_orphan(),
+                _ => false,
+            })
+            .count()
+    }
+
     /// The next thing that happened. Each socket stands in the queue at most once.
     pub fn next_event(&mut self) -> Option<Event> {
         loop {

@@ -1788,6 +1788,26 @@ impl Connection {
             .get_or_insert(now + ACKNOWLEDGEMENT_DELAY)
     }
 
+    /// As [`Stack::is_quiet`] for one connection.
+    pub(crate) fn is_quiet(&self) -> bool {
+        let socket = self.socket_ref();
+        let settled = matches!(
+            socket.state(),
+            TcpState::Established | TcpState::FinWait2 | TcpState::CloseWait | TcpState::TimeWait
+        );
+        self.finished
+            || (settled
+                && !self.pending
+                && self.unacknowledged == 0
+                && socket.send_queue() == 0
+                && socket.recv_queue() == 0)
+    }
+
+    /// As [`Stack::tcp_unsent_orphans`] for one connection.
+    pub(crate) fn is_unsent_orphan(&self) -> bool {
+        self.orphan && !self.finished && self.socket_ref().send_queue() > 0
+    }
+
     fn wanted_timeout(&self) -> Option<Duration> {
         let state = self.socket_ref().state();
         match state {
