@@ -74,6 +74,11 @@ pub trait Datagrams: Send + Sync {
         None
     }
 
+    /// The program has bound it to this address itself: others may be waiting to send to it.
+    fn announce(&self, address: SocketAddr) {
+        let _ = address;
+    }
+
     /// Ends it. Called once, as the last call.
     fn close(&self);
 }

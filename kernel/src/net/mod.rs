@@ -204,6 +204,7 @@ impl Net {
                 Some(StackNetwork::new(
                     host,
                     events,
+                    link,
                     &tables,
                     configuration,
                     memory_limit,

@@ -20,7 +20,10 @@ use core::{
 };
 
 use hashbrown::HashMap;
-use kiln_abi::{configuration::Network as NetworkConfiguration, host::Event as HostEvent};
+use kiln_abi::{
+    configuration::Network as NetworkConfiguration, host::Event as HostEvent, link::ToMonitor,
+    manifest::Protocol,
+};
 use kiln_tcpip::{
     Checksums, Configuration, DatagramKind, Error, Event, FrameSink, KeepAlive,
     Readiness as StackReadiness, Shutdown, SocketId, Stack,
@@ -31,6 +34,7 @@ use crate::{
     event::{EventHandler, Events},
     file::{Readiness, Sink, Source, WatchList},
     host::Host,
+    link::Link,
     sync::Mutex,
     trace,
 };
@@ -72,6 +76,8 @@ enum Target {
 struct Listening {
     id: SocketId,
     users: usize,
+    /// What the monitor was told.
+    address: SocketAddr,
 }
 
 struct Inner {
@@ -135,6 +141,8 @@ enum Action {
 pub struct StackNetwork {
     this: Weak<StackNetwork>,
     inner: Mutex<Inner>,
+    /// Whom to tell where programs listen.
+    link: Option<Arc<Link>>,
     tables: Arc<Tables>,
     /// Something happened since the last poll: an event of the device, or a call of a socket.
     due: AtomicBool,
@@ -212,6 +220,7 @@ impl StackNetwork {
     pub fn new(
         host: Host,
         events: &Arc<Events>,
+        link: Option<&Arc<Link>>,
         tables: &Arc<Tables>,
         configuration: &NetworkConfiguration,
         memory_limit: u64,
@@ -263,6 +272,7 @@ impl StackNetwork {
                 fixed_servers,
                 name_servers: Vec::new(),
             }),
+            link: link.map(Arc::clone),
             tables: Arc::clone(tables),
             due: AtomicBool::new(true),
             event: AtomicU64::new(0),
@@ -276,6 +286,17 @@ impl StackNetwork {
     #[inline]
     fn touch(&self) {
         self.due.store(true, Ordering::Relaxed);
+    }
+
+    /// Tells the monitor that a program listens, or does no longer.
+    fn tell(&self, address: SocketAddr, protocol: Protocol, listens: bool) {
+        if let Some(link) = &self.link {
+            link.send(&if listens {
+                ToMonitor::Listen { address, protocol }
+            } else {
+                ToMonitor::Unlisten { address, protocol }
+            });
+        }
     }
 
     /// What an event of the stack asks for.
@@ -463,7 +484,7 @@ impl EventHandler for StackNetwork {
 }
 
 impl Network for StackNetwork {
-    fn listen(&self, _: Scope, port: u16, backlog: usize) -> Result<()> {
+    fn listen(&self, scope: Scope, port: u16, backlog: usize) -> Result<()> {
         self.touch();
         let mut inner = self.inner.lock();
         if let Some(listening) = inner.listeners.get_mut(&port) {
@@ -484,7 +505,15 @@ impl Network for StackNetwork {
             return Err(errno(error));
         }
         inner.set_target(id, Target::Listener);
-        inner.listeners.insert(port, Listening { id, users: 1 });
+        let address = SocketAddr::new(scope.ip, port);
+        let listening = Listening {
+            id,
+            users: 1,
+            address,
+        };
+        inner.listeners.insert(port, listening);
+        drop(inner);
+        self.tell(address, Protocol::Tcp, true);
         Ok(())
     }
 
@@ -496,11 +525,13 @@ impl Network for StackNetwork {
         };
         listening.users -= 1;
         if listening.users == 0 {
-            let id = listening.id;
+            let (id, address) = (listening.id, listening.address);
             inner.listeners.remove(&port);
             inner.forget(id);
             inner.stalled.retain(|stalled| *stalled != id);
             inner.stack.close(id);
+            drop(inner);
+            self.tell(address, Protocol::Tcp, false);
         }
     }
 
@@ -583,6 +614,7 @@ impl Network for StackNetwork {
         Ok(Arc::new(StackDatagrams {
             network: self.this.clone(),
             id,
+            told: Mutex::new(None),
         }))
     }
 
@@ -599,8 +631,11 @@ impl Network for StackNetwork {
             return Err(errno(error));
         }
         inner.set_target(id, Target::Watch(Arc::clone(watch)));
-        let network = self.this.clone();
-        Ok(Arc::new(StackDatagrams { network, id }))
+        Ok(Arc::new(StackDatagrams {
+            network: self.this.clone(),
+            id,
+            told: Mutex::new(None),
+        }))
     }
 
     fn interface(&self) -> Option<Interface> {
@@ -798,6 +833,8 @@ impl Stream for StackStream {
 struct StackDatagrams {
     network: Weak<StackNetwork>,
     id: SocketId,
+    /// The address that the monitor was told of.
+    told: Mutex<Option<SocketAddr>>,
 }
 
 impl StackDatagrams {
@@ -869,6 +906,13 @@ impl Datagrams for StackDatagrams {
             .map(errno)
     }
 
+    fn announce(&self, address: SocketAddr) {
+        if let Some(network) = self.network.upgrade() {
+            network.tell(address, Protocol::Udp, true);
+            *self.told.lock() = Some(address);
+        }
+    }
+
     fn close(&self) {
         let Some(network) = self.network.upgrade() else {
             return;
@@ -879,5 +923,8 @@ impl Datagrams for StackDatagrams {
         inner.stack.close(self.id);
         drop(inner);
         drop(target);
+        if let Some(address) = self.told.lock().take() {
+            network.tell(address, Protocol::Udp, false);
+        }
     }
 }

@@ -341,14 +341,17 @@ impl Socket for UdpSocket {
         if !address.ip().is_loopback() && address.port() != 0 && self.shared.backend.is_some() {
             // Others may send to it from now on. If it cannot be opened, the port is still there for the machine itself,
             // but the program has to know.
-            if let Err(error) = self.external() {
-                let bound = self.state.lock().bound.take();
-                if let Some(bound) = bound {
-                    self.shared
-                        .tables
-                        .remove_datagram(bound.lease.port(), &self.this);
+            match self.external() {
+                Ok(external) => external.announce(address),
+                Err(error) => {
+                    let bound = self.state.lock().bound.take();
+                    if let Some(bound) = bound {
+                        self.shared
+                            .tables
+                            .remove_datagram(bound.lease.port(), &self.this);
+                    }
+                    return Err(error);
                 }
-                return Err(error);
             }
         }
         Ok(())
