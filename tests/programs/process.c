@@ -2,7 +2,9 @@
 #include "check.h"
 #include <elf.h>
 #include <grp.h>
+#include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/auxv.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
@@ -38,6 +40,14 @@ static int has_line(const char *text, const char *start) {
     return 0;
 }
 
+static void *slack(void *unused) {
+    CALL(prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0));
+    CALL(prctl(PR_SET_TIMERSLACK, 70, 0, 0, 0));
+    CALL(prctl(PR_SET_TIMERSLACK, 0, 0, 0, 0));
+    CALL(prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0));
+    return unused;
+}
+
 int main(int argc, char **argv) {
     static char buffer[200000];
     (void)argc;
@@ -66,8 +76,65 @@ int main(int argc, char **argv) {
     CALL(prctl(PR_SET_NAME, "differential-program"));
     CALL(prctl(PR_GET_NAME, buffer));
     printf("%s\n", buffer);
-    CALL(prctl(PR_GET_DUMPABLE));
+    CALL(prctl(PR_SET_NAME, "n\xff\xfe\xc3"));
+    CALL(prctl(PR_GET_NAME, buffer));
+    SHOW(memcmp(buffer, "n\xff\xfe\xc3", 5));
+    SHOW(read_file("/proc/self/comm", buffer, sizeof buffer));
+    SHOW(memcmp(buffer, "n\xff\xfe\xc3\n", 5));
+    memset(buffer, 'x', 10000);
+    CALL(prctl(PR_SET_NAME, buffer));
+    CALL(prctl(PR_SET_NAME, "differential-program"));
+    CALL(prctl(PR_SET_NAME, 8));
+    CALL(prctl(PR_GET_NAME, 8));
     CALL(prctl(987654));
+
+    section("process controls");
+    CALL(prctl(PR_GET_DUMPABLE, 5, 5, 5, 5));
+    CALL(prctl(PR_SET_DUMPABLE, 0, 0, 0, 0));
+    CALL(prctl(PR_GET_DUMPABLE, 0, 0, 0, 0));
+    CALL(prctl(PR_SET_DUMPABLE, 2, 0, 0, 0));
+    CALL(prctl(PR_SET_DUMPABLE, 1, 0, 0, 0));
+    CALL(prctl(PR_GET_DUMPABLE, 0, 0, 0, 0));
+    CALL(prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0));
+    CALL(prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0));
+    CALL(prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0));
+    pthread_t thread;
+    pthread_create(&thread, NULL, slack, NULL);
+    pthread_join(thread, NULL);
+    CALL(prctl(PR_SET_TIMERSLACK, 0, 0, 0, 0));
+    CALL(prctl(PR_GET_TIMERSLACK, 0, 0, 0, 0));
+    SHOW(syscall(SYS_prctl, PR_SET_TIMERSLACK, 5000000000, 0, 0, 0));
+    SHOW(syscall(SYS_prctl, PR_GET_TIMERSLACK, 0, 0, 0, 0));
+    CALL(prctl(PR_GET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    CALL(prctl(PR_SET_NO_NEW_PRIVS, 0, 0, 0, 0));
+    CALL(prctl(PR_SET_NO_NEW_PRIVS, 1, 1, 0, 0));
+    CALL(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+    CALL(prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0));
+    SHOW(read_file("/proc/self/status", buffer, sizeof buffer) > 0);
+    SHOW(has_line(buffer, "NoNewPrivs:\t1\n"));
+    int control = -1;
+    CALL(prctl(PR_GET_PDEATHSIG, &control));
+    SHOW(control);
+    CALL(prctl(PR_SET_PDEATHSIG, 65));
+    CALL(prctl(PR_SET_PDEATHSIG, SIGUSR1));
+    CALL(prctl(PR_GET_PDEATHSIG, &control));
+    SHOW(control);
+    CALL(prctl(PR_SET_CHILD_SUBREAPER, 7));
+    CALL(prctl(PR_GET_CHILD_SUBREAPER, &control));
+    SHOW(control);
+    CALL(prctl(PR_SET_CHILD_SUBREAPER, 0));
+    CALL(prctl(PR_GET_CHILD_SUBREAPER, &control));
+    SHOW(control);
+    CALL(prctl(PR_GET_KEEPCAPS));
+    CALL(prctl(PR_SET_KEEPCAPS, 0));
+    CALL(prctl(PR_SET_KEEPCAPS, 2));
+    CALL(prctl(PR_SET_THP_DISABLE, 1, 1, 0, 0));
+    CALL(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));
+    CALL(prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0));
+    CALL(prctl(PR_GET_THP_DISABLE, 1, 0, 0, 0));
+    CALL(prctl(PR_CAPBSET_READ, 40));
+    CALL(prctl(PR_CAPBSET_READ, 1000));
+    CALL(prctl(PR_GET_SECUREBITS));
 
     section("limits");
     struct rlimit limit;
@@ -198,6 +265,9 @@ int main(int argc, char **argv) {
     CALL(setresuid(1000, 1000, 1000));
     SHOW(getuid());
     SHOW(getegid());
+    SHOW(prctl(PR_GET_DUMPABLE) == 1);
+    CALL(prctl(PR_GET_PDEATHSIG, &control));
+    SHOW(control);
     CALL(setuid(0));
     CALL(setgroups(1, (gid_t[]){1}));
 

@@ -31,8 +31,8 @@ use crate::{
     memory::RootImage,
     net::Net,
     task::{
-        Credentials, FileSystemContext, Process, ProcessStart, Signal, SignalInfo, SignalSet,
-        signal, thread,
+        Credentials, FileSystemContext, NAME_LENGTH, Process, ProcessStart, Signal, SignalInfo,
+        SignalSet, ThreadControl, signal, thread,
     },
     trace,
 };
@@ -248,8 +248,8 @@ fn start_program(kernel: &Arc<Kernel>) -> Result<(), String> {
             .map_err(|error| format!("the console cannot be opened: {error}"))?;
     }
     let name = path.rsplit('/').next().unwrap_or(path);
-    let name: String = name.chars().take(15).collect();
-    let main = process.add_thread(&name, SignalSet::default());
+    let name = &name.as_bytes()[..name.len().min(NAME_LENGTH)];
+    let main = process.add_thread(name, SignalSet::default(), ThreadControl::default());
     let context: Box<UserContext> = UserContext::new(loaded.entry, loaded.stack);
     kernel.process.call_once(|| Arc::clone(&process));
     kernel.executor.spawn(thread::run(main, context));

@@ -27,7 +27,7 @@ use crate::{
     file::OpenFile,
     memory::{Area, AreaFlags},
     syscall::process::RELEASE,
-    task::{Process, Thread, UNLIMITED, signal},
+    task::{NAME_LENGTH, Process, Thread, UNLIMITED, signal},
     time::SECOND,
 };
 
@@ -595,14 +595,11 @@ fn thread_files(kernel: &Arc<Kernel>, thread: Option<u32>) -> Entries {
             "comm",
             TextFile::writable(
                 ORIGIN,
-                move || Ok(format!("{}\n", find(&comm_get)?.name.lock()).into_bytes()),
+                move || Ok([find(&comm_get)?.name.lock().as_slice(), b"\n"].concat()),
                 move |bytes| {
-                    let name = String::from_utf8_lossy(bytes);
-                    let mut name = name.trim_end_matches(['\n', '\0']).to_string();
-                    while name.len() > 15 {
-                        name.pop();
-                    }
-                    *find(&comm_set)?.name.lock() = name;
+                    let end = bytes.iter().rposition(|byte| !matches!(byte, b'\n' | 0));
+                    let length = end.map_or(0, |last| last + 1).min(NAME_LENGTH);
+                    *find(&comm_set)?.name.lock() = bytes[..length].to_vec();
                     Ok(())
                 },
             ),
@@ -781,7 +778,7 @@ fn map_line(area: &Area, text: &mut String) {
 
 fn stat(thread: &Thread, text: &mut String) {
     let process = &thread.process;
-    let name = thread.name.lock().clone();
+    let name = thread.name();
     let threads = process.threads.lock().len();
     let ticks = cpu_ticks(process);
     let (mapped, resident, _) = pages(process);
@@ -809,7 +806,7 @@ fn stat(thread: &Thread, text: &mut String) {
 
 fn status(thread: &Thread, text: &mut String) {
     let process = &thread.process;
-    let name = thread.name.lock().clone();
+    let name = thread.name();
     let credentials = process.credentials.lock().clone();
     let threads = process.threads.lock().len();
     let umask = process.file_system.lock().umask;
@@ -894,7 +891,9 @@ fn status(thread: &Thread, text: &mut String) {
             0, 0
         ),
     );
-    text.push_str("NoNewPrivs:\t0\nSeccomp:\t0\nCpus_allowed:\t1\nCpus_allowed_list:\t0\nMems_allowed:\t1\nMems_allowed_list:\t0\n");
+    let restricted = u8::from(thread.control.lock().no_new_privileges);
+    put(text, format_args!("NoNewPrivs:\t{restricted}\n"));
+    text.push_str("Seccomp:\t0\nCpus_allowed:\t1\nCpus_allowed_list:\t0\nMems_allowed:\t1\nMems_allowed_list:\t0\n");
     text.push_str("voluntary_ctxt_switches:\t0\nnonvoluntary_ctxt_switches:\t0\n");
 }
 

@@ -258,28 +258,34 @@ pub fn write_bytes(address: u64, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// `EFAULT`; `ENAMETOOLONG` when there is no zero byte within `limit`.
 pub fn read_c_string(address: u64, limit: usize) -> Result<Vec<u8>> {
+    match read_c_prefix(address, limit)? {
+        (bytes, true) => Ok(bytes),
+        _ => Err(Errno::ENAMETOOLONG),
+    }
+}
+
+/// Reads a string that a zero byte ends, but no more than `limit` bytes of it. Also says whether it ended before that.
+///
+/// # Errors
+/// `EFAULT`.
+pub fn read_c_prefix(address: u64, limit: usize) -> Result<(Vec<u8>, bool)> {
     let mut bytes = Vec::new();
     let mut position = address;
     let mut chunk = [0u8; 256];
-    loop {
+    let mut ended = false;
+    while !ended && bytes.len() < limit {
         // Up to the next multiple of the chunk's size, so that no page is touched that the string does not reach.
         let step = chunk.len() - (position as usize % chunk.len());
         let part = &mut chunk[..step];
         UserRange::new(position, step as u64)?.read(part)?;
-        if let Some(end) = part.iter().position(|&byte| byte == 0) {
-            bytes.extend_from_slice(&part[..end]);
-            return if bytes.len() < limit {
-                Ok(bytes)
-            } else {
-                Err(Errno::ENAMETOOLONG)
-            };
-        }
-        bytes.extend_from_slice(part);
-        if bytes.len() >= limit {
-            return Err(Errno::ENAMETOOLONG);
-        }
+        let end = part.iter().position(|&byte| byte == 0);
+        ended = end.is_some();
+        bytes.extend_from_slice(&part[..end.unwrap_or(step)]);
         position += step as u64;
     }
+    ended &= bytes.len() < limit;
+    bytes.truncate(limit);
+    Ok((bytes, ended))
 }
 
 /// Reads a path.

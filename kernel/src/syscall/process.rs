@@ -1,11 +1,17 @@
 //! System calls about the process and the machine: identities, limits, names, randomness.
 
-use alloc::{string::String, vec::Vec};
+use alloc::vec::Vec;
 
 use linux_raw_sys::general as linux;
 
 use super::{Call, Entry, Outcome, time::process_cpu_time};
-use crate::{Errno, Result, memory::user, task::Credentials, time::to_timeval, trace};
+use crate::{
+    Errno, Result,
+    memory::user,
+    task::{Credentials, NAME_LENGTH},
+    time::to_timeval,
+    trace,
+};
 
 /// The supported calls.
 pub const CALLS: &[Entry] = &[
@@ -175,7 +181,7 @@ pub const CALLS: &[Entry] = &[
         number: linux::__NR_prctl,
         name: "prctl",
         handler: prctl,
-        limits: "names, dumpable, no-new-privileges, keepcaps, timer slack, parent-death signal (read), sub-reaper; others: EINVAL",
+        limits: "names, dumpable, no-new-privileges, timer slack, parent-death signal, sub-reaper, huge pages: kept and told; keepcaps 1: EPERM; others: EINVAL",
     },
     Entry {
         number: linux::__NR_arch_prctl,
@@ -306,6 +312,11 @@ fn set_three(call: &Call<'_>, which: &Which, new: [Option<u32>; 3]) -> Result<()
         if let Some(identity) = identity {
             *slot = identity;
         }
+    }
+    if current[1] != old[1] {
+        // As Linux does for whoever acts as somebody else from now on (credentials(7), PR_SET_DUMPABLE(2const)).
+        call.process().control.lock().dumpable = false;
+        call.thread.control.lock().death_signal = 0;
     }
     Ok(())
 }
@@ -550,44 +561,68 @@ fn getrusage(call: &mut Call<'_>) -> Outcome {
 
 fn prctl(call: &mut Call<'_>) -> Outcome {
     use linux_raw_sys::prctl as options;
+    let mut own = call.thread.control.lock();
+    let mut common = call.process().control.lock();
+    let value = call.raw(1);
+    // Newer options insist on zeros in what they do not use.
+    let rest = |from: usize| call.arguments[from..5].iter().all(|word| *word == 0);
     match call.unsigned(0) {
         options::PR_SET_NAME => {
-            let result = user::read_c_string(call.raw(1), 1 << 12).map(|mut name| {
-                name.truncate(15);
-                *call.thread.name.lock() = String::from_utf8_lossy(&name).into_owned();
-            });
-            result.into()
+            let result = user::read_c_prefix(value, NAME_LENGTH)
+                .map(|(name, _)| *call.thread.name.lock() = name);
+            return result.into();
         }
         options::PR_GET_NAME => {
-            let mut bytes = [0u8; 16];
-            let name = call.thread.name.lock().clone();
-            let length = name.len().min(15);
-            bytes[..length].copy_from_slice(&name.as_bytes()[..length]);
-            user::write_bytes(call.raw(1), &bytes).into()
+            let mut bytes = call.thread.name.lock().clone();
+            bytes.resize(NAME_LENGTH + 1, 0);
+            return user::write_bytes(value, &bytes).into();
         }
-        options::PR_GET_DUMPABLE => done(1),
-        // No core is ever dumped and nobody can attach.
-        options::PR_SET_DUMPABLE if call.raw(1) <= 1 => done(0),
-        // No program here gains privileges by being executed.
-        options::PR_SET_NO_NEW_PRIVS if call.raw(1) == 1 => done(0),
-        options::PR_GET_NO_NEW_PRIVS => done(1),
-        options::PR_GET_KEEPCAPS => done(0),
-        options::PR_SET_KEEPCAPS if call.raw(1) == 0 => done(0),
-        options::PR_GET_TIMERSLACK => done(50_000),
-        options::PR_SET_TIMERSLACK => done(0),
-        // There is neither parent nor child.
-        options::PR_SET_PDEATHSIG | options::PR_SET_CHILD_SUBREAPER => done(0),
-        options::PR_GET_PDEATHSIG => user::write(call.raw(1), &0u32).into(),
-        options::PR_GET_SECCOMP => done(0),
-        options::PR_CAPBSET_READ if call.raw(1) <= 40 => done(1),
+        options::PR_GET_DUMPABLE => return done(common.dumpable.into()),
+        options::PR_SET_DUMPABLE if value <= 1 => common.dumpable = value == 1,
+        options::PR_GET_NO_NEW_PRIVS if rest(1) => return done(own.no_new_privileges.into()),
+        options::PR_SET_NO_NEW_PRIVS if value == 1 && rest(2) => own.no_new_privileges = true,
+        options::PR_GET_TIMERSLACK => return Outcome::Done(Ok(own.timer_slack)),
+        options::PR_SET_TIMERSLACK if value == 0 => own.timer_slack = own.default_slack,
+        options::PR_SET_TIMERSLACK => own.timer_slack = value,
+        options::PR_GET_PDEATHSIG => return user::write(value, &own.death_signal).into(),
+        options::PR_SET_PDEATHSIG if value <= 64 => own.death_signal = value as u32,
+        options::PR_GET_CHILD_SUBREAPER => {
+            return user::write(value, &u32::from(common.subreaper)).into();
+        }
+        options::PR_SET_CHILD_SUBREAPER => common.subreaper = value != 0,
+        options::PR_GET_THP_DISABLE if rest(1) => return done(common.no_huge_pages.into()),
+        options::PR_SET_THP_DISABLE if rest(2) => common.no_huge_pages = value != 0,
+        // A change of identity always decides over privileges: they cannot be kept.
+        options::PR_SET_KEEPCAPS if value == 1 => {
+            refuse(options::PR_SET_KEEPCAPS, value);
+            return Outcome::fail(Errno::EPERM);
+        }
+        options::PR_SET_KEEPCAPS if value == 0 => {}
+        options::PR_GET_KEEPCAPS | options::PR_GET_SECUREBITS | options::PR_GET_SECCOMP => {}
+        options::PR_CAPBSET_READ if value <= LAST_CAPABILITY => return done(1),
+        // Wrong values of what is supported are no news.
+        options::PR_SET_DUMPABLE
+        | options::PR_GET_NO_NEW_PRIVS
+        | options::PR_SET_NO_NEW_PRIVS
+        | options::PR_SET_PDEATHSIG
+        | options::PR_GET_THP_DISABLE
+        | options::PR_SET_THP_DISABLE
+        | options::PR_SET_KEEPCAPS
+        | options::PR_CAPBSET_READ => return Outcome::fail(Errno::EINVAL),
         option => {
-            trace::unsupported(
-                u64::from(linux::__NR_prctl) << 32 | u64::from(option),
-                format_args!("prctl option {option} ({:#x})", call.raw(1)),
-            );
-            Outcome::fail(Errno::EINVAL)
+            refuse(option, value);
+            return Outcome::fail(Errno::EINVAL);
         }
     }
+    done(0)
+}
+
+/// Says that an option of `prctl` is not supported.
+fn refuse(option: u32, value: u64) {
+    trace::unsupported(
+        u64::from(linux::__NR_prctl) << 32 | u64::from(option),
+        format_args!("prctl option {option} ({value:#x})"),
+    );
 }
 
 fn arch_prctl(call: &mut Call<'_>) -> Outcome {
@@ -642,7 +677,9 @@ fn wait(_: &mut Call<'_>) -> Outcome {
 /// `_LINUX_CAPABILITY_VERSION_3`.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
 /// All capabilities of Linux 6.1.
-const ALL_CAPABILITIES: u64 = (1 << 41) - 1;
+const ALL_CAPABILITIES: u64 = (1 << (LAST_CAPABILITY + 1)) - 1;
+/// `CAP_LAST_CAP` of Linux 6.1.
+const LAST_CAPABILITY: u64 = 40;
 
 fn capget(call: &mut Call<'_>) -> Outcome {
     let result = (|| {

@@ -231,7 +231,8 @@ fn spawn(
     }
     let name = call.thread.name.lock().clone();
     let mask = call.thread.signals.lock().mask();
-    let new = call.process().add_thread(&name, mask);
+    let control = call.thread.control.lock().inherited();
+    let new = call.process().add_thread(&name, mask, control);
     if has(linux::CLONE_CHILD_CLEARTID) {
         new.clear_on_exit.store(child_tid, Ordering::Relaxed);
     }

@@ -69,6 +69,8 @@ pub struct Process {
     pub environment: Vec<String>,
     /// The auxiliary vector, as bytes.
     pub auxiliary: Mutex<Vec<u8>>,
+    /// What it says of itself by `prctl(2)`.
+    pub control: Mutex<ProcessControl>,
     /// Nanoseconds of CPU time that its threads have used.
     pub cpu_time: AtomicU64,
     next_thread: AtomicU32,
@@ -129,6 +131,10 @@ impl Process {
             arguments: start.arguments,
             environment: start.environment,
             auxiliary: Mutex::new(Vec::new()),
+            control: Mutex::new(ProcessControl {
+                dumpable: true,
+                ..ProcessControl::default()
+            }),
             cpu_time: AtomicU64::new(0),
             next_thread: AtomicU32::new(1),
             exit: Mutex::new(None),
@@ -161,12 +167,18 @@ impl Process {
     }
 
     /// Makes a thread (not yet running) and counts it among the living.
-    pub fn add_thread(self: &Arc<Process>, name: &str, mask: SignalSet) -> Arc<Thread> {
+    pub fn add_thread(
+        self: &Arc<Process>,
+        name: &[u8],
+        mask: SignalSet,
+        control: ThreadControl,
+    ) -> Arc<Thread> {
         let id = self.next_thread.fetch_add(1, Ordering::Relaxed);
         let thread = Arc::new(Thread {
             id,
             process: Arc::clone(self),
-            name: Mutex::new(String::from(name)),
+            name: Mutex::new(name.to_vec()),
+            control: Mutex::new(control),
             signals: Mutex::new(signal::ThreadSignals::new(mask)),
             attention: AtomicBool::new(false),
             waker: Mutex::new(None),
@@ -203,14 +215,66 @@ impl Process {
     }
 }
 
+/// Bytes of a thread's name.
+pub const NAME_LENGTH: usize = 15;
+
+/// What a process says of itself by `prctl(2)`. Kept and told; nothing here dumps a process, has children or uses huge pages.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ProcessControl {
+    /// `PR_SET_DUMPABLE`.
+    pub dumpable: bool,
+    /// `PR_SET_CHILD_SUBREAPER`.
+    pub subreaper: bool,
+    /// `PR_SET_THP_DISABLE`.
+    pub no_huge_pages: bool,
+}
+
+/// What a thread says of itself by `prctl(2)`.
+#[derive(Clone, Copy, Debug)]
+pub struct ThreadControl {
+    /// Nanoseconds by which its timers may be late (`PR_SET_TIMERSLACK`). They are never made late on purpose.
+    pub timer_slack: u64,
+    /// What 0 sets the slack to: what it was when the thread was made.
+    pub default_slack: u64,
+    /// `PR_SET_PDEATHSIG`; there is no parent to die.
+    pub death_signal: u32,
+    /// `PR_SET_NO_NEW_PRIVS`; there is no `execve` that could give any.
+    pub no_new_privileges: bool,
+}
+
+impl Default for ThreadControl {
+    fn default() -> ThreadControl {
+        ThreadControl {
+            timer_slack: 50_000,
+            default_slack: 50_000,
+            death_signal: 0,
+            no_new_privileges: false,
+        }
+    }
+}
+
+impl ThreadControl {
+    /// What a thread made by this one starts with.
+    #[must_use]
+    pub fn inherited(self) -> ThreadControl {
+        ThreadControl {
+            default_slack: self.timer_slack,
+            death_signal: 0,
+            ..self
+        }
+    }
+}
+
 /// A thread, as the rest of the kernel sees it.
 pub struct Thread {
     /// Thread identifier; the first thread's is the process's.
     pub id: u32,
     /// Its process.
     pub process: Arc<Process>,
-    /// Name (`PR_SET_NAME`), at most 15 bytes.
-    pub name: Mutex<String>,
+    /// Name (`PR_SET_NAME`), at most [`NAME_LENGTH`] bytes.
+    pub name: Mutex<Vec<u8>>,
+    /// What it says of itself by `prctl(2)`.
+    pub control: Mutex<ThreadControl>,
     /// Mask, pending signals, alternate stack.
     pub signals: Mutex<signal::ThreadSignals>,
     /// Set when the thread has something to look at before it goes on: a signal, the end.
@@ -232,6 +296,12 @@ impl Thread {
     #[must_use]
     pub fn kernel(&self) -> &Arc<Kernel> {
         &self.process.kernel
+    }
+
+    /// Its name as text.
+    #[must_use]
+    pub fn name(&self) -> String {
+        String::from_utf8_lossy(&self.name.lock()).into_owned()
     }
 
     /// Who the thread acts as.

@@ -240,7 +240,7 @@ fn report_end(thread: &Arc<Thread>, context: &UserContext, end: signal::SignalIn
         return;
     }
     let r = &context.registers;
-    let name = thread.name.lock().clone();
+    let name = thread.name();
     trace::error!(
         "{name}[{}]: {:?} (code {}) at address {:#x}, instruction {:#x} {}",
         thread.id,
