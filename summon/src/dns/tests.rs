@@ -1,0 +1,1 @@
+//! The name server as its clients see it.
