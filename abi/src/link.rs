@@ -50,7 +50,10 @@ pub fn parse_header(bytes: [u8; HEADER]) -> (u32, u32) {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToMonitor {
     /// The program has been loaded and is about to run its first instruction.
-    Started,
+    Started {
+        /// Microseconds since the kernel's own first instructions.
+        uptime: u32,
+    },
     /// The program listens on (TCP) or has bound (UDP) a port. On `--net socket` the monitor now begins to accept
     /// TCP connections for it.
     Listen {
@@ -95,6 +98,16 @@ pub enum ToMonitor {
         /// As for [`crate::host::HostInterface::exit`].
         code: i32,
     },
+    /// `--net socket`: the answer to [`ToKernel::Activity`].
+    Activity {
+        /// Connections of the host's that the program has, whichever side opened them; those that it has not accepted yet
+        /// count too.
+        connections: u32,
+        /// Bytes of payload that were ever sent or received with the host's sockets.
+        bytes: u64,
+    },
+    /// `--net socket`: the program has sent the first byte on a connection that it did not open. Told once.
+    Answered,
 }
 
 /// From the monitor to the kernel.
@@ -128,4 +141,7 @@ pub enum ToKernel {
     },
     /// Input for the program's standard input; empty is end of file.
     Input(Vec<u8>),
+    /// `--net socket`: how busy the network is. Answered by [`ToMonitor::Activity`], which counts everything that was sent
+    /// before this message.
+    Activity,
 }

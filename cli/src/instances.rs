@@ -124,6 +124,7 @@ fn words(instance: &Instance) -> String {
     match state.phase {
         Phase::Starting => "starting".to_owned(),
         Phase::Running => format!("running for {}", since(state.started)),
+        Phase::Suspended => "suspended".to_owned(),
         Phase::Exited => format!("exited{code} {} ago", since(state.ended)),
         Phase::Crashed => format!("crashed{code} {} ago", since(state.ended)),
     }

@@ -1,16 +1,8 @@
 //! `kiln run`, in the foreground and in the background.
 //!
-//! In the background, the command makes the instance's folder, and starts itself again as the instance's monitor: its standard
-//! input is the folder's lock, its standard output a pipe for one report ("started", or what went wrong), its
-//! standard error a file in the folder.
+//! In the background, the command makes the instance's folder and hands it to a monitor (`kiln_monitor::launch`).
 
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 
 use kiln_abi::configuration::RunConfiguration;
 use kiln_abi::host::exit_code;
@@ -20,18 +12,17 @@ use kiln_monitor::arguments::{
     parse_publish, parse_user, parse_volume, protocol_name,
 };
 use kiln_monitor::choice::{self, Choice};
-use kiln_monitor::console;
 use kiln_monitor::engine::{Piece, Pieces};
-use kiln_monitor::monitor::{Ended, Foreground, Observer};
+use kiln_monitor::launch::{self, Outcome};
+use kiln_monitor::monitor::{Observer, Setting};
 use kiln_monitor::names;
 use kiln_monitor::state::{
     ImageReference, Instance, InstanceConfiguration, NetworkMode, StateDirectory,
 };
 use kiln_monitor::volume::ensure_named;
-use serde::{Deserialize, Serialize};
 
 use crate::arguments::{MonitorArguments, NetworkName, RunArguments};
-use crate::failure::{Failure, io};
+use crate::failure::Failure;
 use crate::source::{Resolved, resolve};
 use crate::text;
 
@@ -180,6 +171,7 @@ fn configure(
         network: network(arguments, choice)?,
         ports,
         volumes,
+        unit: None,
         input: arguments.interactive,
         run,
     })
@@ -327,94 +319,41 @@ fn foreground(
     choice: &Choice,
     arguments: &RunArguments,
 ) -> Result<ExitCode, Failure> {
-    let foreground = Foreground {
+    let setting = Setting {
         output: true,
         input: arguments.interactive,
+        ..Setting::default()
     };
-    let outcome =
-        kiln_monitor::monitor::run(&mut instance, &*choice.engine, foreground, &mut Speaker);
+    let outcome = kiln_monitor::monitor::run(&mut instance, &*choice.engine, setting, &mut Speaker);
     let keep = matches!(&outcome, Ok(ended) if ended.started) && !instance.configuration.remove;
     if !keep {
         instance.remove()?;
     }
     let ended = outcome?;
     if !ended.started && ended.code != exit_code::KERNEL_PANIC {
-        return Err(not_started(&ended, ""));
+        // A program that never began is Kiln's failure, with Kiln's exit codes.
+        return Err(Failure {
+            message: ended.not_started(""),
+            help: None,
+            input: ended.is_input(),
+        });
     }
     if let Some(reason) = &ended.reason {
         eprintln!("kiln: error: {reason}");
     }
-    Ok(passed_on(&ended))
+    Ok(passed_on(ended.code))
 }
 
-/// A program that never began is Kiln's failure, with Kiln's exit codes. `console` is what was not shown yet.
-fn not_started(ended: &Ended, console: &str) -> Failure {
-    let reason = ended
-        .reason
-        .as_deref()
-        .unwrap_or("the unikernel ended before its program began");
-    Failure {
-        message: format!("{reason}\n{console}"),
-        help: None,
-        // The kernel did its part: the image or the options are wrong.
-        input: ended.code == exit_code::CANNOT_START,
-    }
-}
-
-fn passed_on(ended: &Ended) -> ExitCode {
-    ExitCode::from(u8::try_from(ended.code & 0xff).unwrap_or(1))
-}
-
-/// The one line that a monitor in the background reports.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Report {
-    Started {
-        ports: Vec<Publish>,
-    },
-    Failed {
-        message: String,
-        help: Option<String>,
-        input: bool,
-    },
+fn passed_on(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code & 0xff).unwrap_or(1))
 }
 
 fn detach(state: &StateDirectory, instance: Instance) -> Result<ExitCode, Failure> {
     let name = instance.name().to_owned();
-    let start = || -> Result<Report, Failure> {
-        let failed = || io("start the monitor");
-        let lock = instance.lock_for_child().map_err(failed())?;
-        let log = monitor_log(instance.directory()).map_err(failed())?;
-        let mut child = Command::new("/proc/self/exe")
-            .arg0("kiln")
-            .arg("instance-monitor")
-            .arg(state.path())
-            .arg(&name)
-            .current_dir("/")
-            .stdin(Stdio::from(lock))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::from(log))
-            .spawn()
-            .map_err(failed())?;
-        let mut line = String::new();
-        if let Some(output) = child.stdout.take() {
-            BufReader::new(output)
-                .read_line(&mut line)
-                .map_err(failed())?;
-        }
-        serde_json::from_str(&line).map_err(|_| {
-            let status = child
-                .wait()
-                .map_or_else(|error| error.to_string(), |status| status.to_string());
-            let said = console::tail(&instance.directory().join("monitor.log"), 20);
-            Failure::environment(
-                format!("the monitor of '{name}' ended before it could report ({status})\n{said}"),
-                None,
-            )
-        })
-    };
-    match start() {
-        Ok(Report::Started { ports }) => {
+    let launched = launch::launch(state, &instance, &[], None)
+        .and_then(|launched| launched.wait_started(&instance));
+    match launched {
+        Ok(Outcome::Started(ports)) => {
             for port in ports.iter().filter(|port| {
                 // Chosen just now: the user cannot know it.
                 instance
@@ -428,118 +367,27 @@ fn detach(state: &StateDirectory, instance: Instance) -> Result<ExitCode, Failur
             text::print(&format!("{name}\n"))?;
             Ok(ExitCode::SUCCESS)
         }
-        Ok(Report::Failed {
+        // The monitor has removed the instance.
+        Ok(Outcome::Failed {
             message,
             help,
             input,
-        }) => {
-            // The monitor has removed the instance.
-            Err(Failure {
-                message,
-                help,
-                input,
-            })
-        }
-        Err(failure) => {
+        }) => Err(Failure {
+            message,
+            help,
+            input,
+        }),
+        Err(error) => {
             instance.remove()?;
-            Err(failure)
+            Err(error.into())
         }
     }
 }
 
-fn monitor_log(directory: &Path) -> std::io::Result<File> {
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(directory.join("monitor.log"))
-}
-
-/// Tells the command that waits, and then nobody.
-struct Reporter {
-    waiting: bool,
-}
-
-impl Reporter {
-    fn report(&mut self, report: &Report) {
-        if !std::mem::take(&mut self.waiting) {
-            return;
-        }
-        if let Ok(mut line) = serde_json::to_vec(report) {
-            line.push(b'\n');
-            let mut output = std::io::stdout().lock();
-            let _ = output.write_all(&line).and_then(|()| output.flush());
-        }
-        // The command's pipe closes; what is read from it ends here.
-        if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
-            let _ = rustix::stdio::dup2_stdout(&null);
-        }
-    }
-}
-
-impl Observer for Reporter {
-    fn started(&mut self, instance: &Instance) {
-        self.report(&Report::Started {
-            ports: instance.state.ports.clone(),
-        });
-    }
-    fn listening(&mut self, _: &[Publish]) {}
-    fn remark(&mut self, _: &str) {}
-    fn stopping(&mut self) {}
-}
-
-/// `kiln instance-monitor`: what `run -d` starts.
+/// `kiln instance-monitor`: what a start in the background becomes.
 pub fn monitor(arguments: &MonitorArguments) -> Result<ExitCode, Failure> {
-    // A session of its own: the terminal's signals and end are not for us.
-    let _ = rustix::process::setsid();
-    let lock: OwnedFd = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3)
-        .map_err(|error| io("take the instance's lock")(error.into()))?;
-    if let Ok(null) = File::open("/dev/null") {
-        let _ = rustix::stdio::dup2_stdin(&null);
-    }
-    let state = StateDirectory::at(arguments.state.clone());
-    let mut reporter = Reporter { waiting: true };
-    let mut instance = state.adopt(&arguments.name, lock)?;
-    let outcome = choice::choose(Some(&instance.configuration.engine)).and_then(|choice| {
-        kiln_monitor::monitor::run(
-            &mut instance,
-            &*choice.engine,
-            Foreground::default(),
-            &mut reporter,
-        )
-    });
-    let started = !reporter.waiting;
-    let said = console::tail(&instance.console_path(), 20);
-    let remove = instance.configuration.remove || !started;
-    if remove {
-        instance.remove()?;
-    }
-    if !started {
-        let report = match &outcome {
-            Ok(ended) => {
-                let Failure {
-                    message,
-                    help,
-                    input,
-                } = not_started(ended, &said);
-                Report::Failed {
-                    message,
-                    help,
-                    input,
-                }
-            }
-            Err(error) => Report::Failed {
-                message: error.to_string(),
-                help: error.help(),
-                input: error.kind() == kiln_monitor::Kind::Input,
-            },
-        };
-        reporter.report(&report);
-    }
-    match outcome {
-        Ok(ended) => Ok(passed_on(&ended)),
-        Err(error) => Err(error.into()),
-    }
+    let code = launch::become_monitor(arguments.state.clone(), &arguments.name)?;
+    Ok(passed_on(code))
 }
 
 #[cfg(test)]

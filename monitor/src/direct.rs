@@ -1,7 +1,9 @@
 //! `--net direct`: the plan of an instance's own network, and its user-mode gateway on the host (`kiln-network`).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use kiln_network::{FrameEnd, NetworkConfiguration, NetworkError, UserNetwork};
 
@@ -22,6 +24,7 @@ pub fn plan(
 ) -> Result<NetworkConfiguration, Error> {
     let mut plan = NetworkConfiguration::new(mac);
     plan.hostname.clone_from(&instance.run.hostname);
+    plan.listens_told = true;
     let gateway_v4 = gateways.iter().find_map(|gateway| match gateway {
         IpAddr::V4(address) => Some(*address),
         IpAddr::V6(_) => None,
@@ -128,7 +131,8 @@ fn first_other_v6(address: Ipv6Addr) -> Ipv6Addr {
     }
 }
 
-/// Starts the gateway. Host ports of 0 are replaced by the chosen ones in `ports`.
+/// Starts the gateway. Ports whose sockets are held already (`held`: place in `ports`, and socket) are not opened; host ports
+/// of 0 are replaced by the chosen ones in `ports`.
 ///
 /// # Errors
 /// Names the port that cannot be had, and what to do.
@@ -136,17 +140,30 @@ pub fn start(
     plan: &NetworkConfiguration,
     frames: UnixStream,
     ports: &mut [Publish],
+    held: Vec<(usize, OwnedFd)>,
 ) -> Result<UserNetwork, Error> {
     let mut plan = plan.clone();
+    let is_held = |place: usize| held.iter().any(|(held, _)| *held == place);
     plan.publish = ports
         .iter()
-        .map(|publish| kiln_network::Publish {
+        .enumerate()
+        .filter(|(place, _)| !is_held(*place))
+        .map(|(_, publish)| kiln_network::Publish {
             address: publish.address,
             host: publish.host,
             guest: publish.guest,
             protocol: publish.protocol,
         })
         .collect();
+    for (place, socket) in held {
+        if let Some(publish) = ports.get(place) {
+            plan.held.push(kiln_network::Held {
+                socket: Arc::new(socket),
+                guest: publish.guest,
+                protocol: publish.protocol,
+            });
+        }
+    }
     let network = UserNetwork::start(plan, FrameEnd::Stream(frames))
         .map_err(|error| explain(error, ports))?;
     for (bound, origin) in network
@@ -237,10 +254,10 @@ mod tests {
         let plan = planned(&[], &[]).unwrap();
         let mut ports = parse_publish("127.0.0.1:0:80").unwrap();
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        let _network = start(&plan, ours, &mut ports).unwrap();
+        let _network = start(&plan, ours, &mut ports, Vec::new()).unwrap();
         assert_ne!(ports[0].host, 0);
         let (ours, _other) = UnixStream::pair().unwrap();
-        let error = start(&plan, ours, &mut ports).expect_err("in use");
+        let error = start(&plan, ours, &mut ports, Vec::new()).expect_err("in use");
         assert!(
             error.to_string().contains(&ports[0].host.to_string()),
             "{error}"

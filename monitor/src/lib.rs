@@ -16,6 +16,7 @@ pub mod control;
 pub mod direct;
 pub mod engine;
 mod error;
+pub mod launch;
 pub mod link;
 pub mod monitor;
 pub mod names;

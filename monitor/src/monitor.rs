@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -32,13 +32,13 @@ use rustix::process::{Resource, Rlimit};
 
 use crate::arguments::{Publish, signal_name};
 use crate::console::{Log, Shown, Terminal};
-use crate::control::{Request, Said, Server as ControlServer, Session};
+use crate::control::{Activity, Event, Message, Request, Said, Server as ControlServer, Session};
 use crate::direct;
 use crate::engine::{End, Engine, Launch, Running};
 use crate::error::Error;
 use crate::link::{Fill, FrameReader, Sender, decode};
 use crate::sockets::{Interest, SocketServer, Token};
-use crate::state::{Instance, NetworkMode, Phase, now};
+use crate::state::{Instance, NetworkMode, Phase, now, now_microseconds};
 use crate::volume::VolumeServer;
 
 /// Name of the engine whose kernel gets its network's addresses with its configuration.
@@ -47,8 +47,14 @@ const PROCESS: &str = "process";
 const GRACE_AFTER_EXIT: Duration = Duration::from_secs(5);
 /// How long to wait before accepting again when this process or the host ran out of descriptors.
 const RETRY: Duration = Duration::from_millis(50);
+/// Most events that are remembered.
+const MAX_HISTORY: usize = 256;
+/// Bytes of a line of output that are looked through as one.
+const MAX_LINE: usize = 8192;
 /// Bytes of console output taken at once.
 const CONSOLE_CHUNK: usize = 64 << 10;
+/// How long a kernel may take to say how busy it is.
+const ACTIVITY_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of standard input in one message.
 const INPUT_CHUNK: usize = 16 << 10;
 
@@ -64,13 +70,19 @@ pub trait Observer {
     fn stopping(&mut self);
 }
 
-/// What a run has to do with the caller's terminal.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Foreground {
+/// What an instance runs with, beside its configuration.
+#[derive(Debug, Default)]
+pub struct Setting {
     /// Show the console on standard output.
     pub output: bool,
     /// Give standard input to the program.
     pub input: bool,
+    /// A session of the control socket from the start, which is told of events.
+    pub session: Option<UnixStream>,
+    /// Sockets that are bound already for published ports, by their place in the configuration.
+    pub held: Vec<(usize, OwnedFd)>,
+    /// A text in a line of the program's output to look for.
+    pub line: Option<String>,
 }
 
 /// How an instance ended.
@@ -82,6 +94,24 @@ pub struct Ended {
     pub started: bool,
     /// What happened, if it was not the program that ended.
     pub reason: Option<String>,
+}
+
+impl Ended {
+    /// The instance ended before its program began: why. `console` is what was not shown yet.
+    #[must_use]
+    pub fn not_started(&self, console: &str) -> String {
+        let reason = self
+            .reason
+            .as_deref()
+            .unwrap_or("the unikernel ended before its program began");
+        format!("{reason}\n{console}")
+    }
+
+    /// The kernel did its part: the image or the options are wrong.
+    #[must_use]
+    pub fn is_input(&self) -> bool {
+        self.code == exit_code::CANNOT_START
+    }
 }
 
 /// Kinds of wake-ups, in the upper byte of epoll's data.
@@ -97,6 +127,7 @@ mod wake {
     pub const SESSION: u64 = 8;
     pub const LISTENER: u64 = 9;
     pub const CONNECTING: u64 = 10;
+    pub const NEWS: u64 = 11;
 }
 
 const KIND_SHIFT: u32 = 56;
@@ -165,10 +196,10 @@ enum Messages {
 pub fn run(
     instance: &mut Instance,
     engine: &dyn Engine,
-    foreground: Foreground,
+    setting: Setting,
     observer: &mut dyn Observer,
 ) -> Result<Ended, Error> {
-    let mut monitor = Monitor::start(instance, engine, foreground, observer)?;
+    let mut monitor = Monitor::start(instance, engine, setting, observer)?;
     let outcome = monitor.serve();
     if outcome.is_err() {
         let _ = monitor.running.kill();
@@ -195,6 +226,13 @@ pub fn run(
     instance.state.process = None;
     let _ = std::fs::remove_file(instance.control_path());
     instance.save()?;
+    if monitor.started {
+        let (code, reason) = match &outcome {
+            Ok(ended) => (ended.code, ended.reason.clone()),
+            Err(error) => (1, Some(error.to_string())),
+        };
+        monitor.tell(Event::Ended { code, reason });
+    }
     outcome
 }
 
@@ -231,13 +269,24 @@ struct Monitor<'a> {
     exit_deadline: Option<Instant>,
     killed: bool,
     started: bool,
+    /// What has happened, for sessions that watch from later on.
+    history: Vec<Message>,
+    /// Sessions that wait to be told how busy the kernel is, and until when.
+    asking: Vec<u64>,
+    asking_deadline: Option<Instant>,
+    /// Rung by the network when somebody wants a suspended instance.
+    news: Arc<OwnedFd>,
+    /// A session has asked to accept nothing.
+    paused: bool,
+    suspended: bool,
+    line: Option<LineFinder>,
 }
 
 impl<'a> Monitor<'a> {
     fn start(
         instance: &'a mut Instance,
         engine: &dyn Engine,
-        foreground: Foreground,
+        mut setting: Setting,
         observer: &'a mut dyn Observer,
     ) -> Result<Self, Error> {
         raise_descriptor_limit();
@@ -254,10 +303,13 @@ impl<'a> Monitor<'a> {
         let mac = random_mac(instance.name());
         let mut frames = None;
         let mut user_network = None;
+        let news = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(Error::io("make the event loop"))?;
+        let news = Arc::new(news);
         let (network, sockets) = match &configuration.network {
             NetworkMode::None => (Network::None, None),
             NetworkMode::Socket => {
-                let sockets = SocketServer::start(&mut ports)?;
+                let sockets = SocketServer::start(&mut ports, std::mem::take(&mut setting.held))?;
                 let name_servers = host_name_servers();
                 (Network::Socket { name_servers }, Some(sockets))
             }
@@ -273,12 +325,18 @@ impl<'a> Monitor<'a> {
                 } else {
                     kiln_network::MACHINE_MTU
                 };
-                let started = direct::start(&plan, ours, &mut ports)?;
+                let bell = Arc::clone(&news);
+                plan.wake = Some(Arc::new(move || {
+                    let _ = rustix::io::write(&*bell, &1u64.to_ne_bytes());
+                }));
+                let held = std::mem::take(&mut setting.held);
                 // A process learns all from its configuration; a machine asks, as it does without Kiln.
-                let network = if engine.name() == PROCESS || !addresses.is_empty() {
-                    Network::Static(started.static_network().clone())
-                } else {
+                plan.dhcp = engine.name() != PROCESS && addresses.is_empty();
+                let started = direct::start(&plan, ours, &mut ports, held)?;
+                let network = if plan.dhcp {
                     Network::Dhcp
+                } else {
+                    Network::Static(started.static_network().clone())
                 };
                 frames = Some(OwnedFd::from(theirs));
                 user_network = Some(started);
@@ -366,7 +424,7 @@ impl<'a> Monitor<'a> {
             console_open: true,
             console_paused: false,
             log,
-            terminal: foreground.output.then(Terminal::default),
+            terminal: setting.output.then(Terminal::default),
             control,
             sessions: HashMap::new(),
             next_session: 0,
@@ -382,15 +440,23 @@ impl<'a> Monitor<'a> {
             exit_deadline: None,
             killed: false,
             started: false,
+            history: Vec::new(),
+            asking: Vec::new(),
+            asking_deadline: None,
+            news,
+            paused: false,
+            suspended: false,
+            line: setting.line.take().map(LineFinder::new),
         };
         monitor
-            .watch(foreground)
+            .watch(&mut setting)
             .map_err(Error::io("wait for the unikernel's events"))?;
+        monitor.tell(Event::Engine);
         Ok(monitor)
     }
 
     /// Registers all sources of events.
-    fn watch(&mut self, foreground: Foreground) -> io::Result<()> {
+    fn watch(&mut self, setting: &mut Setting) -> io::Result<()> {
         let poller = &self.poller;
         match &self.messages {
             Messages::Link(_) => poller.add(self.sender.socket(), EventFlags::IN, wake::LINK, 0)?,
@@ -399,11 +465,25 @@ impl<'a> Monitor<'a> {
                 poller.add(self.sender.socket(), EventFlags::empty(), wake::LINK, 0)?;
             }
         }
+        poller.add(&*self.news, EventFlags::IN, wake::NEWS, 0)?;
         poller.add(&self.console, EventFlags::IN, wake::CONSOLE, 0)?;
         poller.add(self.running.ended(), EventFlags::IN, wake::ENDED, 0)?;
         poller.add(&self.signals, EventFlags::IN, wake::SIGNAL, 0)?;
         poller.add(self.control.socket(), EventFlags::IN, wake::CONTROL, 0)?;
-        if foreground.input {
+        if let Some(stream) = setting.session.take() {
+            let mut session = Session::new(stream)?;
+            session.watching = true;
+            self.poller.add(
+                session.socket(),
+                EventFlags::IN,
+                wake::SESSION,
+                self.next_session,
+            )?;
+            self.sessions.insert(self.next_session, session);
+            self.next_session += 1;
+        }
+        let poller = &self.poller;
+        if setting.input {
             let input = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 0)?;
             match poller.add(&input, EventFlags::IN, wake::INPUT, 0) {
                 Ok(()) => {}
@@ -473,6 +553,7 @@ impl<'a> Monitor<'a> {
         if let Some(sockets) = &mut self.sockets
             && self.sockets_paused
             && !full
+            && !self.paused
             && self.retry.is_none()
         {
             sockets.watch(&mut self.poller).map_err(failed())?;
@@ -488,7 +569,7 @@ impl<'a> Monitor<'a> {
                 tv_nsec: 0,
             });
         }
-        let next = [self.retry, self.exit_deadline]
+        let next = [self.retry, self.exit_deadline, self.asking_deadline]
             .into_iter()
             .flatten()
             .min()?;
@@ -500,6 +581,17 @@ impl<'a> Monitor<'a> {
         let time = Instant::now();
         if self.retry.is_some_and(|retry| retry <= time) {
             self.retry = None;
+        }
+        if self
+            .asking_deadline
+            .is_some_and(|deadline| deadline <= time)
+        {
+            self.asking_deadline = None;
+            for number in std::mem::take(&mut self.asking) {
+                if let Some(session) = self.sessions.get_mut(&number) {
+                    session.answer(Some("the kernel does not answer".to_owned()), None);
+                }
+            }
         }
         if self.exit_deadline.is_some_and(|deadline| deadline <= time) {
             self.exit_deadline = None;
@@ -542,7 +634,12 @@ impl<'a> Monitor<'a> {
                 }
             }
             wake::SESSION => self.hear(number)?,
+            wake::NEWS => {
+                let _ = rustix::io::read(&*self.news, &mut [0; 8]);
+                self.resume()?;
+            }
             wake::LISTENER => {
+                self.resume()?;
                 let number = usize::try_from(number).unwrap_or(usize::MAX);
                 if let Some(sockets) = &mut self.sockets
                     && !sockets
@@ -557,6 +654,7 @@ impl<'a> Monitor<'a> {
                 }
             }
             wake::CONNECTING => {
+                self.resume()?;
                 if let Some(sockets) = &mut self.sockets {
                     sockets
                         .connected(number, &self.sender, &mut self.poller)
@@ -626,9 +724,13 @@ impl<'a> Monitor<'a> {
     fn obey(&mut self, message: ToMonitor) -> Result<(), Error> {
         let failed = || Error::io("serve the kernel");
         match message {
-            ToMonitor::Started => {
+            ToMonitor::Started { uptime } => {
                 if !self.started {
                     self.started = true;
+                    self.tell_at(now_microseconds() - u64::from(uptime), Event::Kernel);
+                    self.tell(Event::Started {
+                        ports: self.instance.state.ports.clone(),
+                    });
                     self.instance.state.phase = Phase::Running;
                     self.instance.state.started = Some(now());
                     self.instance.save()?;
@@ -656,13 +758,41 @@ impl<'a> Monitor<'a> {
                         .copied()
                         .collect(),
                 };
+                if let Some(network) = &self.user_network {
+                    network.guest_listens(address, protocol);
+                }
+                if let Some(sockets) = &mut self.sockets {
+                    sockets.deliver_arrivals(&self.sender).map_err(failed())?;
+                }
+                if !address.ip().to_canonical().is_loopback() {
+                    let port = address.port();
+                    self.tell(Event::Listening { port, protocol });
+                }
                 if !ports.is_empty() {
                     self.observer.listening(&ports);
                 } else if address.ip().to_canonical().is_loopback() {
                     self.warn_of_loopback(address.port(), protocol)?;
                 }
             }
+            ToMonitor::Activity { connections, bytes } => {
+                let waiting = self.sockets.as_ref().map_or(0, SocketServer::arrivals);
+                let activity = Activity {
+                    connections: u64::from(connections)
+                        .saturating_add(u64::try_from(waiting).unwrap_or(u64::MAX)),
+                    bytes,
+                };
+                self.asking_deadline = None;
+                for number in std::mem::take(&mut self.asking) {
+                    if let Some(session) = self.sessions.get_mut(&number) {
+                        session.answer(None, Some(activity));
+                    }
+                }
+            }
+            ToMonitor::Answered => self.tell(Event::Answered),
             ToMonitor::Unlisten { address, protocol } => {
+                if let Some(network) = &self.user_network {
+                    network.guest_listens_no_more(address, protocol);
+                }
                 if let Some(sockets) = &mut self.sockets {
                     sockets.unlisten(address, protocol, &mut self.poller);
                 }
@@ -744,6 +874,10 @@ impl<'a> Monitor<'a> {
                         .write(bytes)
                         .map_err(Error::io("write the console log"))?;
                     self.show(bytes)?;
+                    if self.line.as_mut().is_some_and(|line| line.feed(bytes)) {
+                        self.line = None;
+                        self.tell(Event::Line);
+                    }
                 }
                 Err(rustix::io::Errno::AGAIN) => return Ok(()),
                 Err(rustix::io::Errno::INTR) => {}
@@ -822,6 +956,7 @@ impl<'a> Monitor<'a> {
             self.input_ready = false;
         }
         let bytes = buffer.get(..length).unwrap_or_default().to_vec();
+        self.resume()?;
         self.sender
             .control(&ToKernel::Input(bytes), None)
             .map_err(Error::io("speak to the kernel"))
@@ -829,6 +964,7 @@ impl<'a> Monitor<'a> {
 
     fn signal(&mut self, signal: u8) -> Result<(), Error> {
         let failed = || Error::io("speak to the kernel");
+        self.resume()?;
         self.sender
             .control(&ToKernel::Signal { signal }, None)
             .map_err(failed())?;
@@ -859,29 +995,240 @@ impl<'a> Monitor<'a> {
         self.running.kill().map_err(Error::io("end the unikernel"))
     }
 
+    /// Tells all who watch, and remembers for those who will.
+    fn tell(&mut self, event: Event) {
+        self.tell_at(now_microseconds(), event);
+    }
+
+    fn tell_at(&mut self, at: u64, event: Event) {
+        let message = Message::Event { at, event };
+        for session in self
+            .sessions
+            .values_mut()
+            .filter(|session| session.watching)
+        {
+            session.say(&message);
+        }
+        // Only what happens once: whoever comes later has no use for the rest.
+        let lasting = !matches!(
+            message,
+            Message::Event {
+                event: Event::Suspended | Event::Resumed,
+                ..
+            }
+        );
+        if lasting && self.history.len() < MAX_HISTORY {
+            self.history.push(message);
+        }
+    }
+
     fn hear(&mut self, number: u64) -> Result<(), Error> {
         loop {
             let Some(session) = self.sessions.get_mut(&number) else {
                 return Ok(());
             };
+            session.flush();
             match session.hear() {
                 Said::Nothing => return Ok(()),
                 Said::Gone => {
                     self.poller.forget(session.socket().as_fd());
                     self.sessions.remove(&number);
-                    return Ok(());
+                    self.asking.retain(|asking| *asking != number);
+                    return self.settle_pause();
                 }
                 Said::Request(request) => {
-                    let outcome = match request {
-                        Request::Ping => Ok(()),
-                        Request::Kill => self.kill(),
-                        Request::Signal(signal) => self.signal(signal),
-                    };
+                    let outcome = self.grant(number, request);
                     if let Some(session) = self.sessions.get_mut(&number) {
-                        session.answer(outcome.err().map(|error| error.to_string()));
+                        match outcome {
+                            Ok(Some(activity)) => session.answer(None, Some(activity)),
+                            Ok(None) if self.asking.contains(&number) => {}
+                            Ok(None) => session.answer(None, None),
+                            Err(error) => session.answer(Some(error.to_string()), None),
+                        }
                     }
                 }
             }
+        }
+    }
+
+    /// Does what a session asks.
+    fn grant(&mut self, number: u64, request: Request) -> Result<Option<Activity>, Error> {
+        match request {
+            Request::Ping => {}
+            Request::Kill => self.kill()?,
+            Request::Signal(signal) => self.signal(signal)?,
+            Request::Watch => {
+                if let Some(session) = self.sessions.get_mut(&number) {
+                    for message in &self.history {
+                        session.say(message);
+                    }
+                    if self.suspended {
+                        session.say(&Message::Event {
+                            at: now_microseconds(),
+                            event: Event::Suspended,
+                        });
+                    }
+                    session.watching = true;
+                }
+            }
+            Request::Activity => return self.ask_activity(number),
+            Request::Pause => {
+                if let Some(session) = self.sessions.get_mut(&number) {
+                    session.paused = true;
+                }
+                return self.pause(number);
+            }
+            Request::Continue => {
+                if let Some(session) = self.sessions.get_mut(&number) {
+                    session.paused = false;
+                }
+                self.settle_pause()?;
+            }
+            Request::Suspend => self.suspend()?,
+            Request::Resume => self.resume()?,
+            Request::Connection { guest, peer } => {
+                let connection = self
+                    .sessions
+                    .get_mut(&number)
+                    .and_then(Session::take_descriptor)
+                    .ok_or_else(|| Error::Protocol("a connection without descriptor".to_owned()))?;
+                self.adopt(guest, peer, connection)?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Accepts nothing from now on, and finds out how busy the instance is: the answer is given when the kernel has told.
+    fn pause(&mut self, number: u64) -> Result<Option<Activity>, Error> {
+        self.paused = true;
+        if let Some(network) = &self.user_network {
+            return Ok(Some(network_activity(network.pause())));
+        }
+        if let Some(sockets) = &mut self.sockets {
+            sockets.pause(&mut self.poller);
+            self.sockets_paused = true;
+            sockets.forget_news();
+        }
+        self.ask_activity(number)
+    }
+
+    fn ask_activity(&mut self, number: u64) -> Result<Option<Activity>, Error> {
+        if let Some(network) = &self.user_network {
+            return Ok(Some(network_activity(network.activity())));
+        }
+        if self.sockets.is_none() {
+            return Ok(Some(Activity::default()));
+        }
+        if self.suspended {
+            return Err(Error::environment("it is suspended", "resume it first"));
+        }
+        self.sender
+            .control(&ToKernel::Activity, None)
+            .map_err(Error::io("speak to the kernel"))?;
+        self.running
+            .interrupt()
+            .map_err(Error::io("speak to the kernel"))?;
+        self.asking.push(number);
+        self.asking_deadline = Some(Instant::now() + ACTIVITY_PATIENCE);
+        Ok(None)
+    }
+
+    /// Accepts again when no session wants otherwise any more.
+    fn settle_pause(&mut self) -> Result<(), Error> {
+        if self.paused && !self.sessions.values().any(|session| session.paused) {
+            self.paused = false;
+            if let Some(network) = &self.user_network
+                && !self.suspended
+            {
+                network.resume();
+            }
+            // Sockets are watched again by `settle`, when the link has room.
+        }
+        Ok(())
+    }
+
+    /// Stops everything until something comes. What came since the last pause wakes it at once.
+    fn suspend(&mut self) -> Result<(), Error> {
+        if self.suspended {
+            return Ok(());
+        }
+        let failed = || Error::io("suspend the unikernel");
+        if !self.started || self.exited.is_some() {
+            return Err(Error::environment(
+                "it is starting or ending",
+                "try again when it runs",
+            ));
+        }
+        if self.sender.pending() > 0 {
+            return Err(Error::environment("it is busy", "try again later"));
+        }
+        if let Some(network) = &self.user_network
+            && !network.suspend()
+        {
+            return Err(Error::environment("data is on its way", "try again later"));
+        }
+        self.running.suspend().map_err(failed())?;
+        self.suspended = true;
+        if let Some(sockets) = &mut self.sockets {
+            self.poller
+                .add(sockets.news(), EventFlags::IN, wake::NEWS, 0)
+                .map_err(failed())?;
+        }
+        for session in self.sessions.values_mut() {
+            session.paused = false;
+        }
+        self.settle_pause()?;
+        self.instance.state.phase = Phase::Suspended;
+        self.instance.save()?;
+        self.tell(Event::Suspended);
+        Ok(())
+    }
+
+    /// Lets a suspended unikernel go on.
+    fn resume(&mut self) -> Result<(), Error> {
+        if !std::mem::take(&mut self.suspended) {
+            return Ok(());
+        }
+        self.running
+            .resume()
+            .map_err(Error::io("resume the unikernel"))?;
+        if let Some(sockets) = &self.sockets {
+            self.poller.forget(sockets.news());
+        }
+        if let Some(network) = &self.user_network {
+            network.resume();
+        }
+        self.tell(Event::Resumed);
+        self.instance.state.phase = Phase::Running;
+        self.instance.save()
+    }
+
+    /// Takes a connection that was accepted elsewhere.
+    fn adopt(
+        &mut self,
+        guest: u16,
+        peer: Option<SocketAddr>,
+        connection: OwnedFd,
+    ) -> Result<(), Error> {
+        self.resume()?;
+        let failed = || Error::io("take the connection");
+        let peer = match peer {
+            Some(peer) => peer,
+            None => rustix::net::getpeername(&connection)
+                .map_err(io::Error::from)
+                .map_err(failed())?
+                .and_then(|peer| SocketAddr::try_from(peer).ok())
+                .ok_or_else(|| failed()(io::ErrorKind::NotConnected.into()))?,
+        };
+        match (&mut self.sockets, &self.user_network) {
+            (Some(sockets), _) => sockets
+                .adopt(guest, peer, connection, &self.sender)
+                .map_err(failed()),
+            (None, Some(network)) => network.adopt(connection, guest).map_err(failed()),
+            (None, None) => Err(Error::environment(
+                "it has no network",
+                "run it without --net none",
+            )),
         }
     }
 
@@ -1017,6 +1364,46 @@ fn judge(end: &End, exited: Option<i32>, started: bool, killed: bool) -> Ended {
                 )),
             )
         }
+    }
+}
+
+fn network_activity(activity: kiln_network::Activity) -> Activity {
+    Activity {
+        connections: u64::try_from(activity.connections).unwrap_or(u64::MAX),
+        bytes: activity.bytes,
+    }
+}
+
+/// Looks for a text in the lines of a stream.
+struct LineFinder {
+    wanted: Vec<u8>,
+    line: Vec<u8>,
+}
+
+impl LineFinder {
+    fn new(wanted: String) -> Self {
+        Self {
+            wanted: wanted.into_bytes(),
+            line: Vec::new(),
+        }
+    }
+
+    /// More of the stream: whether the text has come.
+    fn feed(&mut self, bytes: &[u8]) -> bool {
+        for &byte in bytes {
+            if byte == b'\n' {
+                self.line.clear();
+                continue;
+            }
+            self.line.push(byte);
+            if self.line.ends_with(&self.wanted) {
+                return true;
+            }
+            if self.line.len() > MAX_LINE.max(2 * self.wanted.len()) {
+                self.line.drain(..self.line.len() - self.wanted.len());
+            }
+        }
+        false
     }
 }
 
@@ -1310,7 +1697,7 @@ mod tests {
         let outcome = run(
             &mut instance,
             &Fake::new(program),
-            Foreground::default(),
+            Setting::default(),
             &mut notes,
         );
         (outcome, notes)
@@ -1323,7 +1710,7 @@ mod tests {
             &scratch.0,
             |_| {},
             |kernel| {
-                kernel.say(&ToMonitor::Started);
+                kernel.say(&ToMonitor::Started { uptime: 9 });
                 kernel.console.write_all(b"hello\n").unwrap();
                 kernel.say(&ToMonitor::Log("unsupported call".to_owned()));
                 kernel.say(&ToMonitor::Exited { code: 3 });
@@ -1364,7 +1751,7 @@ mod tests {
                 |_| {},
                 move |kernel| {
                     if started {
-                        kernel.say(&ToMonitor::Started);
+                        kernel.say(&ToMonitor::Started { uptime: 9 });
                     }
                     end
                 },
@@ -1428,7 +1815,7 @@ mod tests {
                 configuration.ports = crate::arguments::parse_publish("127.0.0.1:0:80").unwrap()
             },
             move |kernel| {
-                kernel.say(&ToMonitor::Started);
+                kernel.say(&ToMonitor::Started { uptime: 9 });
                 let address = "0.0.0.0:80".parse().unwrap();
                 kernel.say(&ToMonitor::Listen {
                     address,
@@ -1472,7 +1859,7 @@ mod tests {
                 }];
             },
             |kernel| {
-                kernel.say(&ToMonitor::Started);
+                kernel.say(&ToMonitor::Started { uptime: 9 });
                 for unique in 1..100u64 {
                     let mut request = Vec::new();
                     request.extend(56u32.to_le_bytes());
@@ -1513,7 +1900,7 @@ mod tests {
             &scratch.0,
             |_| {},
             move |kernel| {
-                kernel.say(&ToMonitor::Started);
+                kernel.say(&ToMonitor::Started { uptime: 9 });
                 give.send(()).unwrap();
                 while kernel.hear_frame().is_some() {}
                 End::Exited(0)
@@ -1549,7 +1936,7 @@ mod tests {
                         .collect();
                 },
                 |kernel| {
-                    kernel.say(&ToMonitor::Started);
+                    kernel.say(&ToMonitor::Started { uptime: 9 });
                     kernel.link.shutdown(std::net::Shutdown::Both).unwrap();
                     End::Exited(5)
                 },

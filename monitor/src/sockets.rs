@@ -9,13 +9,15 @@
 //!
 //! Not here: what the kernel does with the descriptors, and packets (`kiln-network`).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kiln_abi::link::ToKernel;
 use kiln_abi::manifest::Protocol;
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
@@ -60,8 +62,17 @@ pub trait Interest {
 struct Listener {
     publish: Publish,
     sockets: Vec<OwnedFd>,
+    /// Somebody else holds them too and goes on with them later.
+    held: bool,
     /// Watched for connections now.
     watched: bool,
+}
+
+/// A connection that was accepted elsewhere and waits for the program to listen.
+struct Arrival {
+    guest: u16,
+    peer: SocketAddr,
+    connection: OwnedFd,
 }
 
 struct Connecting {
@@ -74,6 +85,9 @@ pub struct SocketServer {
     listeners: Vec<Listener>,
     listens: Vec<(SocketAddr, Protocol)>,
     connecting: HashMap<u64, Connecting>,
+    arrivals: VecDeque<Arrival>,
+    /// An epoll instance with all sockets that were handed to the kernel and are still open there.
+    handed: OwnedFd,
 }
 
 fn unspecified_v6(port: u16) -> SocketAddr {
@@ -121,6 +135,22 @@ fn bind(address: SocketAddr, protocol: Protocol, both_families: bool) -> Result<
 
 fn local_address(socket: &OwnedFd) -> Result<SocketAddr, Errno> {
     SocketAddr::try_from(rustix::net::getsockname(socket)?).map_err(|_| Errno::AFNOSUPPORT)
+}
+
+/// A socket that is to be held for a published port: bound, and listening if it is TCP.
+///
+/// # Errors
+/// Names the port, and what to do.
+pub fn bind_held(address: SocketAddr, protocol: Protocol, guest: u16) -> Result<OwnedFd, Error> {
+    bind(address, protocol, false).map_err(|error| {
+        let publish = Publish {
+            address: Some(address.ip()),
+            host: address.port(),
+            guest,
+            protocol,
+        };
+        cannot_publish(&publish, error.into())
+    })
 }
 
 /// Binds one published port, on all addresses if it names none.
@@ -208,19 +238,30 @@ pub fn cannot_publish(publish: &Publish, error: io::Error) -> Error {
 }
 
 impl SocketServer {
-    /// Binds all published ports. Host ports of 0 are replaced by the chosen ones in `ports`.
+    /// Binds all published ports but those whose sockets are held already (`held`: place in `ports`, and socket). Host ports
+    /// of 0 are replaced by the chosen ones in `ports`.
     ///
     /// # Errors
     /// Names the first port that cannot be had, and what to do.
-    pub fn start(ports: &mut [Publish]) -> Result<Self, Error> {
+    pub fn start(ports: &mut [Publish], held: Vec<(usize, OwnedFd)>) -> Result<Self, Error> {
+        let mut held_sockets: HashMap<usize, Vec<OwnedFd>> = HashMap::new();
+        for (place, socket) in held {
+            held_sockets.entry(place).or_default().push(socket);
+        }
         let mut listeners = Vec::with_capacity(ports.len());
-        for publish in ports {
-            let (sockets, port) =
-                bind_published(publish).map_err(|error| cannot_publish(publish, error.into()))?;
+        for (place, publish) in ports.iter_mut().enumerate() {
+            let failed = |error: Errno| cannot_publish(publish, error.into());
+            let held = held_sockets.remove(&place);
+            let is_held = held.is_some();
+            let (sockets, port) = match held {
+                Some(sockets) => (sockets, publish.host),
+                None => bind_published(publish).map_err(failed)?,
+            };
             publish.host = port;
             listeners.push(Listener {
                 publish: *publish,
                 sockets,
+                held: is_held,
                 watched: false,
             });
         }
@@ -228,7 +269,105 @@ impl SocketServer {
             listeners,
             listens: Vec::new(),
             connecting: HashMap::new(),
+            arrivals: VecDeque::new(),
+            handed: epoll::create(epoll::CreateFlags::CLOEXEC)
+                .map_err(Error::io("make the event loop"))?,
         })
+    }
+
+    /// Becomes readable when something comes for a socket that the program has: data, an end, an error. Ask
+    /// [`SocketServer::forget_news`] first for what has been.
+    #[must_use]
+    pub fn news(&self) -> BorrowedFd<'_> {
+        self.handed.as_fd()
+    }
+
+    /// Makes [`SocketServer::news`] tell only of what comes from now on.
+    pub fn forget_news(&self) {
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(256);
+        let none = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        loop {
+            events.clear();
+            let filled = epoll::wait(
+                &self.handed,
+                rustix::buffer::spare_capacity(&mut events),
+                Some(&none),
+            );
+            match filled {
+                Ok(_) if events.len() == events.capacity() => {}
+                Err(Errno::INTR) => {}
+                _ => return,
+            }
+        }
+    }
+
+    /// Hands a socket to the kernel with the message that tells of it.
+    fn hand_over(&self, message: &ToKernel, socket: OwnedFd, sender: &Sender) -> io::Result<()> {
+        // Stays registered when our descriptor closes, for as long as the instance has its own (epoll(7), questions and
+        // answers, 6), so that a suspended instance is woken by what comes for it.
+        let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
+        epoll::add(&self.handed, &socket, EventData::new_u64(0), flags)?;
+        sender.control(message, Some(socket))
+    }
+
+    /// Takes a connection that was accepted elsewhere, for a port of the program. It waits until the program listens.
+    ///
+    /// # Errors
+    /// `ConnectionRefused` when too many wait; those of the link.
+    pub fn adopt(
+        &mut self,
+        guest: u16,
+        peer: SocketAddr,
+        connection: OwnedFd,
+        sender: &Sender,
+    ) -> io::Result<()> {
+        if self.arrivals.len() >= MAX_CONNECTING {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        rustix::io::ioctl_fionbio(&connection, true)?;
+        self.arrivals.push_back(Arrival {
+            guest,
+            peer,
+            connection,
+        });
+        self.deliver_arrivals(sender)
+    }
+
+    /// How many adopted connections wait.
+    #[must_use]
+    pub fn arrivals(&self) -> usize {
+        self.arrivals.len()
+    }
+
+    /// Hands over the adopted connections whose port the program listens on.
+    ///
+    /// # Errors
+    /// Those of the link.
+    pub fn deliver_arrivals(&mut self, sender: &Sender) -> io::Result<()> {
+        for _ in 0..self.arrivals.len() {
+            let Some(arrival) = self.arrivals.pop_front() else {
+                break;
+            };
+            let publish = Publish {
+                address: None,
+                host: 0,
+                guest: arrival.guest,
+                protocol: Protocol::Tcp,
+            };
+            let peer = arrival.peer;
+            match target(&self.listens, &publish, peer.ip().to_canonical()) {
+                Some(local) => {
+                    let peer = seen_by(local, peer);
+                    let message = ToKernel::Accepted { local, peer };
+                    self.hand_over(&message, arrival.connection, sender)?;
+                }
+                None => self.arrivals.push_back(arrival),
+            }
+        }
+        Ok(())
     }
 
     /// The program listens on a TCP port, or has bound a UDP port. Returns the published ports that now lead to it.
@@ -343,7 +482,7 @@ impl SocketServer {
                     continue;
                 };
                 let peer = seen_by(local, peer);
-                sender.control(&ToKernel::Accepted { local, peer }, Some(connection))?;
+                self.hand_over(&ToKernel::Accepted { local, peer }, connection, sender)?;
             }
         }
         Ok(true)
@@ -409,7 +548,7 @@ impl SocketServer {
         match outcome {
             Ok(local) => {
                 let result = Ok((local, to));
-                sender.control(&ToKernel::Connected { request, result }, Some(socket))
+                self.hand_over(&ToKernel::Connected { request, result }, socket, sender)
             }
             Err(error) => refuse(request, error, sender),
         }
@@ -435,7 +574,7 @@ impl SocketServer {
         match self.open_datagram(wanted) {
             Ok((socket, bound)) => {
                 let result = Ok(bound);
-                sender.control(&ToKernel::Datagram { request, result }, Some(socket))
+                self.hand_over(&ToKernel::Datagram { request, result }, socket, sender)
             }
             Err(error) => {
                 let result = Err(error.raw_os_error());
@@ -467,6 +606,11 @@ impl SocketServer {
 
 /// A descriptor for a published UDP port, of the family that the program asked for.
 fn published_datagram(listener: &mut Listener, wanted: &SocketAddr) -> Result<OwnedFd, Errno> {
+    if listener.held {
+        // The kernel sees to the family that the program expects.
+        let socket = listener.sockets.first().ok_or(Errno::ADDRNOTAVAIL)?;
+        return rustix::io::fcntl_dupfd_cloexec(socket, 0);
+    }
     let is_of_family = |socket: &OwnedFd| {
         local_address(socket).is_ok_and(|local| family(&local) == family(wanted))
     };
@@ -614,7 +758,7 @@ mod tests {
 
     fn published(text: &str) -> (SocketServer, Publish) {
         let mut ports = parse_publish(text).unwrap();
-        let server = SocketServer::start(&mut ports).unwrap();
+        let server = SocketServer::start(&mut ports, Vec::new()).unwrap();
         (server, ports[0])
     }
 
@@ -708,7 +852,7 @@ mod tests {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port();
         for text in [format!("127.0.0.1:{port}:80"), format!("{port}:80")] {
-            let error = SocketServer::start(&mut parse_publish(&text).unwrap())
+            let error = SocketServer::start(&mut parse_publish(&text).unwrap(), Vec::new())
                 .err()
                 .expect("the port is in use");
             assert!(error.to_string().contains(&port.to_string()), "{error}");

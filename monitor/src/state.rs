@@ -50,6 +50,9 @@ pub struct InstanceConfiguration {
     pub volumes: Vec<VolumeMount>,
     /// Remove the instance when it has ended.
     pub remove: bool,
+    /// The unit that a summoner runs it for.
+    #[serde(default)]
+    pub unit: Option<String>,
     /// Give the monitor's standard input to the program.
     pub input: bool,
     /// What the kernel is told. Network, volumes and link are filled in by the monitor at the start.
@@ -105,6 +108,8 @@ pub enum Phase {
     Starting,
     /// The program runs.
     Running,
+    /// Nothing of it runs until something comes for it.
+    Suspended,
     /// The program ended by itself or by a signal.
     Exited,
     /// The unikernel ended in another way: a kernel panic, a killed process, a dead monitor.
@@ -138,10 +143,16 @@ pub struct InstanceState {
 /// Milliseconds since 1970.
 #[must_use]
 pub fn now() -> u64 {
+    now_microseconds() / 1000
+}
+
+/// Microseconds since 1970.
+#[must_use]
+pub fn now_microseconds() -> u64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// The state directory.
@@ -466,7 +477,10 @@ impl Instance {
     /// Whether its monitor lives, by its state as of when it was opened.
     #[must_use]
     pub fn alive(&self) -> bool {
-        matches!(self.state.phase, Phase::Starting | Phase::Running)
+        matches!(
+            self.state.phase,
+            Phase::Starting | Phase::Running | Phase::Suspended
+        )
     }
 
     /// Path of the control socket.
@@ -638,6 +652,7 @@ pub(crate) mod tests {
             ports: Vec::new(),
             volumes: Vec::new(),
             remove: false,
+            unit: None,
             input: false,
             run: RunConfiguration::default(),
         }

@@ -113,7 +113,9 @@ fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, 
     start_program(&kernel)?;
     if let Some(link) = &link {
         link.set_receiver(Arc::new(Messages(Arc::clone(&kernel))));
-        link.send(&ToMonitor::Started);
+        link.send(&ToMonitor::Started {
+            uptime: u32::try_from(kernel.clock.uptime() / 1000).unwrap_or(u32::MAX),
+        });
     }
     Ok(kernel)
 }

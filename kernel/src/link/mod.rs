@@ -453,7 +453,7 @@ fn carries_descriptor(message: &ToKernel) -> bool {
         ToKernel::Accepted { .. } => true,
         ToKernel::Connected { result, .. } => result.is_ok(),
         ToKernel::Datagram { result, .. } => result.is_ok(),
-        ToKernel::Signal { .. } | ToKernel::Input(_) => false,
+        ToKernel::Signal { .. } | ToKernel::Input(_) | ToKernel::Activity => false,
     }
 }
 

@@ -166,7 +166,7 @@ fn a_request_waits_for_its_own_reply_and_keeps_the_rest() {
 fn what_the_stream_does_not_take_waits() {
     let (fake, events, link, _heard) = setup();
     *fake.room.lock() = 0;
-    link.send(&ToMonitor::Started);
+    link.send(&ToMonitor::Started { uptime: 7 });
     link.post(1, &[&[7; 100]]).unwrap();
     assert!(fake.outgoing.lock().is_empty());
     *fake.room.lock() = 7;
@@ -177,7 +177,7 @@ fn what_the_stream_does_not_take_waits() {
     let expected = [
         frame(
             CONTROL,
-            &postcard::to_allocvec(&ToMonitor::Started).unwrap(),
+            &postcard::to_allocvec(&ToMonitor::Started { uptime: 7 }).unwrap(),
         ),
         frame(1, &[7; 100]),
     ]

@@ -30,7 +30,7 @@ use alloc::{
 use core::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ptr,
-    sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering},
 };
 
 use hashbrown::HashMap;
@@ -97,6 +97,8 @@ const SHUT_WAITS: u32 = 2048;
 
 /// The host has just said that there is nothing to read.
 const EMPTY: u32 = 4096;
+/// The connection came from a client, and nothing was sent on it yet.
+const UNANSWERED: u32 = 8192;
 
 /// Most bytes that are held back for a connection.
 const HELD_LIMIT: usize = 16 << 10;
@@ -210,12 +212,29 @@ struct Descriptor {
     error: Mutex<Option<Errno>>,
     /// Bytes held back ([`HELD`] says that there are any).
     held: Mutex<Vec<u8>>,
-    holding: Arc<Holding>,
+    shared: Arc<Shared>,
     this: Weak<Descriptor>,
 }
 
-/// Descriptors with held bytes, for the next poll.
-type Holding = Mutex<Vec<Weak<Descriptor>>>;
+/// What all descriptors of the network have in common.
+#[derive(Default)]
+struct Shared {
+    /// Those with held bytes, for the next poll.
+    holding: Mutex<Vec<Weak<Descriptor>>>,
+    /// Connections that are open.
+    connections: AtomicU32,
+    /// Bytes that were ever sent and received.
+    bytes: AtomicU64,
+    /// A client has been sent its first byte, and the monitor has not been told yet.
+    answered: AtomicBool,
+}
+
+impl Shared {
+    fn count(&self, bytes: usize) {
+        let before = self.bytes.load(Ordering::Relaxed);
+        self.bytes.store(before + bytes as u64, Ordering::Relaxed);
+    }
+}
 
 impl Descriptor {
     fn new(
@@ -223,9 +242,12 @@ impl Descriptor {
         events: &Arc<Events>,
         descriptor: HostDescriptor,
         watch: Arc<WatchList>,
-        holding: &Arc<Holding>,
+        shared: &Arc<Shared>,
         stream: bool,
     ) -> Arc<Descriptor> {
+        if stream {
+            shared.connections.fetch_add(1, Ordering::Relaxed);
+        }
         Arc::new_cyclic(|this| Descriptor {
             host,
             events: Arc::clone(events),
@@ -235,7 +257,7 @@ impl Descriptor {
             stream,
             error: Mutex::new(None),
             held: Mutex::new(Vec::new()),
-            holding: Arc::clone(holding),
+            shared: Arc::clone(shared),
             this: this.clone(),
         })
     }
@@ -327,6 +349,7 @@ impl Descriptor {
         match result {
             Ok((count, address_length)) => {
                 if !peek {
+                    self.shared.count(count);
                     self.hints.after_read(asked, count, self.stream);
                 }
                 Ok((count, address_length))
@@ -370,6 +393,7 @@ impl Descriptor {
         });
         match result {
             Ok(count) => {
+                self.sent(count);
                 self.hints.after_write(asked, count);
                 if count < asked {
                     self.ensure_watched();
@@ -386,6 +410,15 @@ impl Descriptor {
                 self.hints.clear(ERROR);
                 Err(error)
             }
+        }
+    }
+
+    /// Counts what the host has taken.
+    fn sent(&self, count: usize) {
+        self.shared.count(count);
+        if self.hints.has(UNANSWERED) {
+            self.hints.clear(UNANSWERED);
+            self.shared.answered.store(true, Ordering::Relaxed);
         }
     }
 
@@ -412,7 +445,7 @@ impl Descriptor {
             held.truncate(before + taken.unwrap_or(0));
             taken?;
             if before == 0 {
-                self.holding.lock().push(self.this.clone());
+                self.shared.holding.lock().push(self.this.clone());
             }
             self.hints.set(HELD);
             return Ok(wanted - source.remaining());
@@ -465,7 +498,7 @@ impl Descriptor {
                 self.ensure_watched();
             }
             Err(_) => self.hints.clear(ERROR),
-            Ok(_) => {}
+            Ok(count) => self.sent(count),
         }
         result
     }
@@ -560,6 +593,9 @@ impl Descriptor {
     fn close_now(&self) {
         let number = self.number.swap(-1, Ordering::Relaxed);
         if number >= 0 {
+            if self.stream {
+                self.shared.connections.fetch_sub(1, Ordering::Relaxed);
+            }
             if self.hints.has(WATCHED) {
                 self.events.unregister(number.cast_unsigned());
             }
@@ -787,7 +823,9 @@ pub struct HostNetwork {
     /// How many sockets listen on an address.
     listening: Mutex<HashMap<SocketAddr, usize>>,
     next_request: AtomicU64,
-    holding: Arc<Holding>,
+    shared: Arc<Shared>,
+    /// The monitor knows that a client was answered.
+    told_answered: AtomicBool,
 }
 
 impl HostNetwork {
@@ -807,7 +845,8 @@ impl HostNetwork {
             attempts: Mutex::new(HashMap::new()),
             listening: Mutex::new(HashMap::new()),
             next_request: AtomicU64::new(1),
-            holding: Arc::default(),
+            shared: Arc::default(),
+            told_answered: AtomicBool::new(false),
         }
     }
 
@@ -815,15 +854,22 @@ impl HostNetwork {
         self.next_request.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn stream(&self, descriptor: HostDescriptor, watch: Arc<WatchList>) -> Arc<dyn Stream> {
+    /// A connection; `hints` beyond the usual ones.
+    fn stream(
+        &self,
+        descriptor: HostDescriptor,
+        watch: Arc<WatchList>,
+        hints: u32,
+    ) -> Arc<dyn Stream> {
         let descriptor = Descriptor::new(
             self.host,
             &self.events,
             descriptor,
             watch,
-            &self.holding,
+            &self.shared,
             true,
         );
+        descriptor.hints.set(hints);
         Arc::new(HostStream { descriptor })
     }
 
@@ -936,7 +982,7 @@ impl Network for HostNetwork {
             &self.events,
             descriptor,
             watch,
-            &self.holding,
+            &self.shared,
             false,
         );
         descriptor.ensure_watched();
@@ -962,11 +1008,17 @@ impl Network for HostNetwork {
     }
 
     fn poll(&self, _: u64) -> Option<u64> {
-        if !self.holding.lock().is_empty() {
-            let holding = core::mem::take(&mut *self.holding.lock());
+        let shared = &self.shared;
+        if !shared.holding.lock().is_empty() {
+            let holding = core::mem::take(&mut *shared.holding.lock());
             for descriptor in holding.iter().filter_map(Weak::upgrade) {
                 descriptor.flush();
             }
+        }
+        if shared.answered.load(Ordering::Relaxed)
+            && !self.told_answered.swap(true, Ordering::Relaxed)
+        {
+            self.link.send(&ToMonitor::Answered);
         }
         None
     }
@@ -993,7 +1045,7 @@ impl Network for HostNetwork {
                     return;
                 }
                 let watch = Arc::new(WatchList::new());
-                let stream = self.stream(descriptor, Arc::clone(&watch));
+                let stream = self.stream(descriptor, Arc::clone(&watch), UNANSWERED);
                 let pending = Pending {
                     stream,
                     watch,
@@ -1015,13 +1067,17 @@ impl Network for HostNetwork {
                 match (result, descriptor) {
                     (Ok((local, peer)), Some(descriptor)) => {
                         let (local, peer) = (canonical(local), canonical(peer));
-                        let stream = self.stream(descriptor, attempt.watch);
+                        let stream = self.stream(descriptor, attempt.watch, 0);
                         socket.complete(stream, HostNetwork::outgoing_side(local, peer), peer);
                     }
                     (Ok(_), None) => socket.fail(Errno::EIO),
                     (Err(number), _) => socket.fail(Errno::from_number(i64::from(number))),
                 }
             }
+            (ToKernel::Activity, _) => self.link.send(&ToMonitor::Activity {
+                connections: self.shared.connections.load(Ordering::Relaxed),
+                bytes: self.shared.bytes.load(Ordering::Relaxed),
+            }),
             (message, _) => trace::warn!(
                 "net: the monitor sent something that nobody asked for: {}",
                 name(&message)
@@ -1158,13 +1214,13 @@ mod tests {
             ..crate::host::quiet::TABLE
         };
         let host = Host::new(alloc::boxed::Box::leak(alloc::boxed::Box::new(table)));
-        let holding = Arc::default();
+        let shared = Arc::default();
         let descriptor = Descriptor::new(
             host,
             &Arc::new(Events::new()),
             HostDescriptor::new(host, 40),
             Arc::new(WatchList::new()),
-            &holding,
+            &shared,
             true,
         );
         let stream = HostStream { descriptor };

@@ -14,6 +14,7 @@ use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
+use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 /// Something that can run images.
@@ -102,6 +103,22 @@ pub trait Running {
     /// # Errors
     /// Those of `kill(2)`.
     fn kill(&mut self) -> std::io::Result<()>;
+
+    /// Stops all of the unikernel from using the processor. Its sockets stay as they are.
+    ///
+    /// # Errors
+    /// Those of `pidfd_send_signal(2)`.
+    fn suspend(&self) -> std::io::Result<()> {
+        Ok(pidfd_send_signal(self.ended(), Signal::STOP)?)
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// Those of `pidfd_send_signal(2)`.
+    fn resume(&self) -> std::io::Result<()> {
+        Ok(pidfd_send_signal(self.ended(), Signal::CONT)?)
+    }
 
     /// Has the kernel look at the link soon, though the program computes without a pause: call it after sending what
     /// must not wait ([`kiln_abi::link::ToKernel::Signal`]). A virtual machine needs no such thing.
