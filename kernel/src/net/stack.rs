@@ -62,6 +62,9 @@ const CONNECTIONS_AT_FULL_SIZE: usize = 32;
 /// MTU of Ethernet.
 const ETHERNET_MTU: u16 = 1500;
 
+/// A poll that comes later than this, in nanoseconds, was not late: the whole instance was stopped (`SIGSTOP`).
+const STOPPED: u64 = 1_000_000_000;
+
 /// What an event of the stack is about.
 #[derive(Clone)]
 enum Target {
@@ -91,11 +94,44 @@ struct Inner {
     /// Names of attempts to connect.
     attempts: HashMap<u64, SocketId>,
     next_attempt: u64,
-    /// When the stack wants to be polled next.
-    deadline: Option<u64>,
+    clock: Clock,
     /// Name servers are given by the run's configuration, or those found last.
     fixed_servers: bool,
     name_servers: Vec<IpAddr>,
+}
+
+/// The stack's time. It stands still while the whole instance is stopped: nothing can be heard meanwhile, and connections
+/// would have timed out afterwards.
+#[derive(Default)]
+struct Clock {
+    /// When the stack wants to be polled next, on the host's clock.
+    deadline: Option<u64>,
+    /// Nanoseconds that do not count.
+    stopped: u64,
+}
+
+impl Clock {
+    /// The stack's time for a poll.
+    fn moment(&mut self, now: u64) -> Duration {
+        let late = self
+            .deadline
+            .map_or(0, |deadline| now.saturating_sub(deadline));
+        if late > STOPPED {
+            self.stopped += late;
+        }
+        Duration::from_nanos(now.saturating_sub(self.stopped))
+    }
+
+    /// Takes note of when the stack wants the next poll, and says it on the host's clock.
+    fn set_deadline(&mut self, now: u64, next: Option<Duration>) -> Option<u64> {
+        let host = |moment: Duration| {
+            let nanoseconds = u64::try_from(moment.as_nanos()).unwrap_or(u64::MAX);
+            // What is due has waited for this poll alone.
+            nanoseconds.saturating_add(self.stopped).max(now)
+        };
+        self.deadline = next.map(host);
+        self.deadline
+    }
 }
 
 impl Inner {
@@ -268,7 +304,7 @@ impl StackNetwork {
                 stalled: Vec::new(),
                 attempts: HashMap::new(),
                 next_attempt: 1,
-                deadline: None,
+                clock: Clock::default(),
                 fixed_servers,
                 name_servers: Vec::new(),
             }),
@@ -422,9 +458,9 @@ impl StackNetwork {
     }
 
     fn run(&self, now: u64) -> Option<u64> {
-        let moment = Duration::from_nanos(now);
         let mut actions = Vec::new();
         let mut inner = self.inner.lock();
+        let moment = inner.clock.moment(now);
         let event = self.event.swap(0, Ordering::Relaxed);
         if event != 0 {
             let source = inner.device.source();
@@ -458,11 +494,8 @@ impl StackNetwork {
         for id in core::mem::take(&mut inner.stalled) {
             self.accept_all(&mut inner, id, &mut actions);
         }
-        let deadline = inner
-            .stack
-            .next_deadline()
-            .map(|moment| u64::try_from(moment.as_nanos()).unwrap_or(u64::MAX));
-        inner.deadline = deadline;
+        let next = inner.stack.next_deadline();
+        let deadline = inner.clock.set_deadline(now, next);
         drop(inner);
         for action in actions {
             self.act(action);
@@ -671,7 +704,7 @@ impl Network for StackNetwork {
 
     fn poll(&self, now: u64) -> Option<u64> {
         if !self.due.load(Ordering::Relaxed) {
-            let deadline = self.inner.lock().deadline;
+            let deadline = self.inner.lock().clock.deadline;
             if deadline.is_none_or(|deadline| deadline > now) {
                 return deadline;
             }
@@ -926,5 +959,39 @@ impl Datagrams for StackDatagrams {
         if let Some(address) = self.told.lock().take() {
             network.tell(address, Protocol::Udp, false);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stack_does_not_see_the_time_that_it_was_stopped() {
+        const SECOND: u64 = 1_000_000_000;
+        let mut clock = Clock::default();
+        assert_eq!(clock.moment(5 * SECOND), Duration::from_secs(5));
+        let next = Some(Duration::from_secs(9));
+        assert_eq!(clock.set_deadline(5 * SECOND, next), Some(9 * SECOND));
+        // In time, and a little late.
+        assert_eq!(clock.moment(8 * SECOND), Duration::from_secs(8));
+        assert_eq!(
+            clock.moment(9 * SECOND + SECOND / 2),
+            Duration::from_millis(9500)
+        );
+        clock.set_deadline(9 * SECOND, next);
+        // Stopped for an hour: the deadline is due, and no more than that.
+        let hour = 3600 * SECOND;
+        assert_eq!(clock.moment(hour), Duration::from_secs(9));
+        let next = Some(Duration::from_secs(10));
+        assert_eq!(clock.set_deadline(hour, next), Some(hour + SECOND));
+        assert_eq!(clock.moment(hour + SECOND), Duration::from_secs(10));
+        // What is due at once was not late before.
+        let due = clock.set_deadline(2 * hour, Some(Duration::ZERO));
+        assert_eq!(due, Some(2 * hour));
+        assert_eq!(
+            clock.moment(2 * hour),
+            Duration::from_nanos(hour + 9 * SECOND)
+        );
     }
 }
