@@ -307,3 +307,61 @@ async fn ask_tcp(server: SocketAddr, message: &[u8]) -> io::Result<Vec<u8>> {
         Err(io::ErrorKind::InvalidData.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_servers_of_the_system() {
+        let text = "# comment\nnameserver 10.0.0.1 # first\n; nameserver 1.1.1.1\n\tnameserver fd00::53\r\n\
+                    nameserver fe80::1%1\nnameserver x\nnameserver\nnameservers 2.2.2.2\nsearch example.org\n";
+        let expected = [
+            "10.0.0.1:53".parse(),
+            "[fd00::53]:53".parse(),
+            "[fe80::1%1]:53".parse(),
+        ]
+        .map(|address| address.expect("an address"));
+        assert_eq!(name_servers(text), expected);
+        assert_eq!(name_servers(""), [SocketAddr::from(([127, 0, 0, 1], 53))]);
+    }
+
+    #[test]
+    fn the_file_is_read_again_when_it_changes() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("resolv.conf");
+        let own = vec![SocketAddr::from(([127, 0, 0, 1], 53))];
+        let forwarder = Forwarder::new(Forward::System, path.clone(), own);
+        // Without a file: this machine, which is ourselves.
+        assert!(forwarder.servers().is_empty());
+        for (text, expected) in [
+            ("nameserver 10.0.0.1\n", "10.0.0.1:53"),
+            (
+                "nameserver 10.10.0.2\nnameserver 127.0.0.1\n",
+                "10.10.0.2:53",
+            ),
+        ] {
+            fs::write(&path, text).expect("written");
+            let expected: SocketAddr = expected.parse().expect("an address");
+            assert_eq!(*forwarder.servers(), [expected]);
+        }
+        fs::remove_file(&path).expect("removed");
+        assert!(forwarder.servers().is_empty());
+    }
+
+    #[test]
+    fn ourselves_under_any_address() {
+        let own = |own: &str, to: &str| {
+            let own = vec![own.parse().expect("an address")];
+            Forwarder::new(Forward::Refuse, PathBuf::new(), own)
+                .is_own(to.parse().expect("an address"))
+        };
+        assert!(own("127.0.0.1:53", "127.0.0.1:53"));
+        assert!(!own("127.0.0.1:53", "127.0.0.2:53"));
+        assert!(!own("127.0.0.1:5353", "127.0.0.1:53"));
+        assert!(own("0.0.0.0:53", "127.0.0.53:53"));
+        assert!(own("127.0.0.1:53", "0.0.0.0:53"));
+        // An address for documentation is no machine's.
+        assert!(!own("0.0.0.0:53", "192.0.2.1:53"));
+    }
+}

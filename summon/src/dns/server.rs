@@ -482,7 +482,8 @@ impl Inner {
                 Ok(number) => number,
                 Err(error) => {
                     tracing::warn!(%error, "name server: cannot receive");
-                    tokio::task::yield_now().await;
+                    // It may last: not at full speed.
+                    tokio::time::sleep(Duration::from_millis(10)).await;
                     continue;
                 }
             };

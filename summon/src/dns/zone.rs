@@ -294,22 +294,25 @@ impl ZoneBuilder {
             v6,
             ..Node::default()
         };
+        let twice = || Err(ZoneError::Twice(text.into()));
         if let Some(parent) = name::below_star(&key) {
             no_star(text, parent)?;
-            if self.wildcards.insert(parent.into(), node).is_some() {
-                return Err(ZoneError::Twice(text.into()));
+            if self.wildcards.contains_key(parent) {
+                return twice();
             }
+            self.wildcards.insert(parent.into(), node);
             return Ok(self);
         }
         no_star(text, &key)?;
+        if self.names.contains_key(&key) {
+            return twice();
+        }
         for address in name.addresses {
             self.reverse
                 .entry(address)
                 .or_insert_with(|| (key.clone(), name.ttl));
         }
-        if self.names.insert(key, node).is_some() {
-            return Err(ZoneError::Twice(text.into()));
-        }
+        self.names.insert(key, node);
         Ok(self)
     }
 
