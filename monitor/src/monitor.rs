@@ -330,14 +330,9 @@ impl<'a> Monitor<'a> {
                     let _ = rustix::io::write(&*bell, &1u64.to_ne_bytes());
                 }));
                 let held = std::mem::take(&mut setting.held);
-                // A process learns all from its configuration; a machine asks, as it does without Kiln.
-                plan.dhcp = engine.name() != PROCESS && addresses.is_empty();
                 let started = direct::start(&plan, ours, &mut ports, held)?;
-                let network = if plan.dhcp {
-                    Network::Dhcp
-                } else {
-                    Network::Static(started.static_network().clone())
-                };
+                // The guest is told all: asking for it would only cost time.
+                let network = Network::Static(started.static_network().clone());
                 frames = Some(OwnedFd::from(theirs));
                 user_network = Some(started);
                 (network, None)
@@ -383,7 +378,8 @@ impl<'a> Monitor<'a> {
             image_path: configuration.image.path.clone(),
             image,
             pieces: configuration.image.pieces,
-            configuration: serde_json::to_vec(&run)
+            configuration: run
+                .to_bytes()
                 .map_err(|error| Error::Protocol(error.to_string()))?,
             memory: configuration.memory,
             console: kernel_console,
@@ -1040,9 +1036,9 @@ impl<'a> Monitor<'a> {
                     let outcome = self.grant(number, request);
                     if let Some(session) = self.sessions.get_mut(&number) {
                         match outcome {
-                            Ok(Some(activity)) => session.answer(None, Some(activity)),
-                            Ok(None) if self.asking.contains(&number) => {}
-                            Ok(None) => session.answer(None, None),
+                            Ok(Granted::Done) => session.answer(None, None),
+                            Ok(Granted::Busy(activity)) => session.answer(None, Some(activity)),
+                            Ok(Granted::Later) => {}
                             Err(error) => session.answer(Some(error.to_string()), None),
                         }
                     }
@@ -1052,7 +1048,7 @@ impl<'a> Monitor<'a> {
     }
 
     /// Does what a session asks.
-    fn grant(&mut self, number: u64, request: Request) -> Result<Option<Activity>, Error> {
+    fn grant(&mut self, number: u64, request: Request) -> Result<Granted, Error> {
         match request {
             Request::Ping => {}
             Request::Kill => self.kill()?,
@@ -1095,14 +1091,14 @@ impl<'a> Monitor<'a> {
                 self.adopt(guest, peer, connection)?;
             }
         }
-        Ok(None)
+        Ok(Granted::Done)
     }
 
     /// Accepts nothing from now on, and finds out how busy the instance is: the answer is given when the kernel has told.
-    fn pause(&mut self, number: u64) -> Result<Option<Activity>, Error> {
+    fn pause(&mut self, number: u64) -> Result<Granted, Error> {
         self.paused = true;
         if let Some(network) = &self.user_network {
-            return Ok(Some(network_activity(network.pause())));
+            return Ok(Granted::Busy(network_activity(network.pause())));
         }
         if let Some(sockets) = &mut self.sockets {
             sockets.pause(&mut self.poller);
@@ -1112,12 +1108,12 @@ impl<'a> Monitor<'a> {
         self.ask_activity(number)
     }
 
-    fn ask_activity(&mut self, number: u64) -> Result<Option<Activity>, Error> {
+    fn ask_activity(&mut self, number: u64) -> Result<Granted, Error> {
         if let Some(network) = &self.user_network {
-            return Ok(Some(network_activity(network.activity())));
+            return Ok(Granted::Busy(network_activity(network.activity())));
         }
         if self.sockets.is_none() {
-            return Ok(Some(Activity::default()));
+            return Ok(Granted::Busy(Activity::default()));
         }
         if self.suspended {
             return Err(Error::environment("it is suspended", "resume it first"));
@@ -1130,7 +1126,7 @@ impl<'a> Monitor<'a> {
             .map_err(Error::io("speak to the kernel"))?;
         self.asking.push(number);
         self.asking_deadline = Some(Instant::now() + ACTIVITY_PATIENCE);
-        Ok(None)
+        Ok(Granted::Later)
     }
 
     /// Accepts again when no session wants otherwise any more.
@@ -1159,7 +1155,7 @@ impl<'a> Monitor<'a> {
                 "try again when it runs",
             ));
         }
-        if self.sender.pending() > 0 {
+        if self.sender.pending() > 0 || !self.asking.is_empty() {
             return Err(Error::environment("it is busy", "try again later"));
         }
         if let Some(network) = &self.user_network
@@ -1365,6 +1361,16 @@ fn judge(end: &End, exited: Option<i32>, started: bool, killed: bool) -> Ended {
             )
         }
     }
+}
+
+/// What becomes of a session's request.
+enum Granted {
+    /// It is done.
+    Done,
+    /// It is done, and this is how busy the instance is.
+    Busy(Activity),
+    /// The answer is given when the kernel has told.
+    Later,
 }
 
 fn network_activity(activity: kiln_network::Activity) -> Activity {

@@ -11,3 +11,4 @@
 
 pub mod configuration;
 pub mod dns;
+pub mod unit;

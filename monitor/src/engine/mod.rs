@@ -45,7 +45,7 @@ pub struct Launch {
     pub image: File,
     /// Where the image's pieces lie in the file.
     pub pieces: Pieces,
-    /// The run's configuration as JSON ([`kiln_abi::configuration::RunConfiguration`]).
+    /// The run's configuration ([`kiln_abi::configuration::RunConfiguration::to_bytes`]).
     pub configuration: Vec<u8>,
     /// Memory of the instance in bytes.
     pub memory: u64,
@@ -78,8 +78,9 @@ pub struct Piece {
 pub struct Pieces {
     /// The kernel's ELF file.
     pub kernel: Piece,
-    /// The manifest.
-    pub manifest: Piece,
+    /// What the manifest says to the kernel. (`manifest` in the state of instances of images of format 1.)
+    #[serde(alias = "manifest")]
+    pub program: Piece,
     /// The root file system. Its offset is page-aligned.
     pub root: Piece,
 }

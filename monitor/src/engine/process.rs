@@ -237,7 +237,7 @@ fn parameter_file(launch: &Launch) -> io::Result<OwnedFd> {
     let filter_length = filter.len() as u64;
     let parameters = Parameters {
         kernel: extent(launch.pieces.kernel),
-        manifest: extent(launch.pieces.manifest),
+        program: extent(launch.pieces.program),
         root: extent(launch.pieces.root),
         filter: Extent {
             offset: Parameters::SIZE as u64,

@@ -82,7 +82,7 @@ impl Engine for QemuEngine {
                 source: None,
             });
         };
-        let configuration = launch.directory.join("configuration.json");
+        let configuration = launch.directory.join("configuration");
         fs::write(&configuration, &launch.configuration).map_err(failed(
             format!("cannot write {}", configuration.display()),
             None,
@@ -196,7 +196,7 @@ struct Numbers {
 /// Bytes of the machine's memory that the image takes: they come on top of the instance's own, so that it has as much for itself as
 /// on other engines. The first MiB of a machine is half devices, the next begins with the shim.
 fn image_memory(pieces: &super::Pieces) -> u64 {
-    [pieces.kernel, pieces.manifest, pieces.root]
+    [pieces.kernel, pieces.program, pieces.root]
         .iter()
         .fold(1 << 20, |sum: u64, piece| sum.saturating_add(piece.length))
 }
@@ -454,7 +454,7 @@ mod tests {
             image: File::open(&image_path).expect("opened"),
             image_path,
             pieces: super::super::Pieces::default(),
-            configuration: b"{}".to_vec(),
+            configuration: Vec::new(),
             memory: 32 << 20,
             console: console.into(),
             link: link.into(),
