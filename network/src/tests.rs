@@ -659,3 +659,569 @@ fn many_clients_are_served() {
     serve_sizes(&mut guest, listener, count);
     clients.join().unwrap();
 }
+
+/// A wake-up that can be waited for.
+fn wake() -> (Wake, std::sync::mpsc::Receiver<()>) {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let wake: Wake = Arc::new(move || {
+        let _ = sender.send(());
+    });
+    (wake, receiver)
+}
+
+fn any(port: u16) -> SocketAddr {
+    SocketAddr::from(([0; 4], port))
+}
+
+/// As a program that answers each piece of data with the same; true while the connection is open.
+fn echo_once(stack: &mut Stack, id: SocketId) -> bool {
+    let mut buffer = [0; 4096];
+    loop {
+        match stack.tcp_receive(id, &mut buffer) {
+            Ok(0) => return false,
+            Ok(count) => assert_eq!(stack.tcp_send(id, &buffer[..count]), Ok(count)),
+            Err(Error::WouldBlock) => return true,
+            Err(_) => return false,
+        }
+    }
+}
+
+/// Sends a question on a client's stream and has the guest echo it.
+fn ask(guest: &mut Guest, server: SocketId, client: &mut (impl Read + Write), text: &[u8]) {
+    client.write_all(text).unwrap();
+    let mut got = vec![0; text.len()];
+    let mut filled = 0;
+    guest.until(|stack| {
+        echo_once(stack, server);
+        match client.read(&mut got[filled..]) {
+            Ok(count) => filled += count,
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+        (filled == text.len()).then_some(())
+    });
+    assert_eq!(got, text);
+}
+
+fn suspend(guest: &mut Guest, network: &UserNetwork) {
+    let end = Instant::now() + LIMIT;
+    while !network.suspend() {
+        assert!(Instant::now() < end, "something stays under way");
+        guest.step();
+    }
+}
+
+/// Time on a CPU that a thread of this process has used, and how often it has waited.
+fn thread_use(name: &str) -> Vec<(String, u64, u64)> {
+    let mut found = Vec::new();
+    for task in std::fs::read_dir("/proc/self/task").unwrap().flatten() {
+        let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        if read("comm").trim() != name {
+            continue;
+        }
+        let used = read("schedstat");
+        let used = used.split(' ').next().and_then(|text| text.parse().ok());
+        let waits = read("status")
+            .lines()
+            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
+            .and_then(|text| text.trim().parse().ok());
+        let id = task.file_name().to_string_lossy().into_owned();
+        found.push((id, used.unwrap_or(0), waits.unwrap_or(0)));
+    }
+    found
+}
+
+#[test]
+fn held_sockets_serve_and_outlive_the_network() {
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = tcp.local_addr().unwrap();
+    let held = vec![
+        Held {
+            socket: Arc::new(tcp.try_clone().unwrap().into()),
+            guest: 80,
+            protocol: Protocol::Tcp,
+        },
+        Held {
+            socket: Arc::new(udp.try_clone().unwrap().into()),
+            guest: 53,
+            protocol: Protocol::Udp,
+        },
+    ];
+    for _ in 0..2 {
+        let (mut guest, mut network) = start(|configuration| configuration.held = held.clone());
+        assert_eq!(
+            network.published()[0],
+            (
+                address,
+                Publish {
+                    address: Some(address.ip()),
+                    host: address.port(),
+                    guest: 80,
+                    protocol: Protocol::Tcp
+                }
+            )
+        );
+        let listener = guest.listen(80);
+        let server = guest.stack.datagram_open(DatagramKind::Udp);
+        guest.stack.datagram_bind(server, any(53)).unwrap();
+        let mut client = TcpStream::connect(address).unwrap();
+        client.set_nonblocking(true).unwrap();
+        let accepted = guest.until(|stack| stack.tcp_accept(listener).ok());
+        ask(&mut guest, accepted, &mut client, b"over a held socket");
+        let question = UdpSocket::bind("127.0.0.1:0").unwrap();
+        question
+            .send_to(b"name?", udp.local_addr().unwrap())
+            .unwrap();
+        let got = guest.until(|stack| stack.datagram_receive(server).ok());
+        assert_eq!(got.data, b"name?");
+        network.stop();
+    }
+    // Its owner has it again.
+    drop(held);
+    let _client = TcpStream::connect(address).unwrap();
+    tcp.set_nonblocking(false).unwrap();
+    tcp.accept().unwrap();
+}
+
+#[test]
+fn a_socket_that_cannot_be_held_is_refused() {
+    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let idle = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::STREAM,
+        None,
+    )
+    .unwrap();
+    for (socket, reason) in [(udp.into(), "not a TCP"), (idle, "does not listen")] {
+        let mut configuration = NetworkConfiguration::new([2, 0, 0, 0, 0, 9]);
+        configuration.held = vec![Held {
+            socket: Arc::new(socket),
+            guest: 80,
+            protocol: Protocol::Tcp,
+        }];
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let error = UserNetwork::start(configuration, FrameEnd::Stream(theirs)).unwrap_err();
+        assert!(error.to_string().contains(reason), "{error}");
+    }
+}
+
+#[test]
+fn a_paused_network_takes_no_one_and_counts_exactly() {
+    let echo = echo_server();
+    let (mut guest, network) = start(|configuration| {
+        configuration.publish = vec![publish(80, Protocol::Tcp), publish(53, Protocol::Udp)];
+        configuration.allow_host_loopback = true;
+    });
+    let (tcp, udp) = (network.published()[0].0, network.published()[1].0);
+    assert_eq!(network.pause(), Activity::default());
+    network.resume();
+    // One that waits for a guest that does not listen yet.
+    let mut first = TcpStream::connect(tcp).unwrap();
+    first.set_nonblocking(true).unwrap();
+    let end = Instant::now() + LIMIT;
+    while network.activity().connections == 0 {
+        assert!(Instant::now() < end);
+        guest.step();
+    }
+    assert_eq!(network.pause().connections, 1);
+    let listener = guest.listen(80);
+    let server = guest.until(|stack| stack.tcp_accept(listener).ok());
+    // What there is goes on: 5 bytes come in and 5 go out.
+    ask(&mut guest, server, &mut first, b"hello");
+    assert_eq!(
+        network.pause(),
+        Activity {
+            connections: 1,
+            bytes: 10
+        }
+    );
+    // The guest goes out.
+    let out = guest
+        .connect(SocketAddr::from(([10, 0, 2, 2], echo.port())))
+        .unwrap();
+    assert_eq!(network.pause().connections, 2);
+    guest.stack.close(out);
+    let end = Instant::now() + LIMIT;
+    while network.pause().connections != 1 {
+        assert!(Instant::now() < end);
+        guest.step();
+    }
+    // Nobody new comes in.
+    let socket = guest.stack.datagram_open(DatagramKind::Udp);
+    guest.stack.datagram_bind(socket, any(53)).unwrap();
+    let mut second = TcpStream::connect(tcp).unwrap();
+    second.set_nonblocking(true).unwrap();
+    let question = UdpSocket::bind("127.0.0.1:0").unwrap();
+    question.send_to(b"name?", udp).unwrap();
+    for _ in 0..10 {
+        guest.step();
+        assert_eq!(guest.stack.tcp_accept(listener), Err(Error::WouldBlock));
+        assert!(guest.stack.datagram_receive(socket).is_err());
+    }
+    assert_eq!(network.pause().connections, 1);
+    network.resume();
+    let server = guest.until(|stack| stack.tcp_accept(listener).ok());
+    ask(&mut guest, server, &mut second, b"I have waited");
+    let got = guest.until(|stack| stack.datagram_receive(socket).ok());
+    assert_eq!(got.data, b"name?");
+    assert_eq!(
+        network.pause(),
+        Activity {
+            connections: 2,
+            bytes: 10 + 26 + 5
+        }
+    );
+}
+
+#[test]
+fn adopted_connections_wait_and_are_served() {
+    for told in [false, true] {
+        let (mut guest, network) = start(|configuration| configuration.listens_told = told);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut tcp = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        tcp.set_nonblocking(true).unwrap();
+        network
+            .adopt(listener.accept().unwrap().0.into(), 8080)
+            .unwrap();
+        let (mut unix, end) = UnixStream::pair().unwrap();
+        unix.set_nonblocking(true).unwrap();
+        network.adopt(end.into(), 8081).unwrap();
+        assert_eq!(network.pause().connections, 2);
+        for _ in 0..5 {
+            guest.step();
+        }
+        let listeners = [guest.listen(8080), guest.listen(8081)];
+        if told {
+            network.guest_listens(any(8080), Protocol::Tcp);
+            network.guest_listens(any(8081), Protocol::Tcp);
+        }
+        let servers =
+            listeners.map(|listener| guest.until(|stack| stack.tcp_accept(listener).ok()));
+        ask(&mut guest, servers[0], &mut tcp, b"over TCP");
+        ask(&mut guest, servers[1], &mut unix, &pattern(3000));
+        // The ends pass, in both directions.
+        unix.shutdown(std::net::Shutdown::Write).unwrap();
+        guest.until(|stack| (!echo_once(stack, servers[1])).then_some(()));
+        guest.stack.close(servers[1]);
+        let end = Instant::now() + LIMIT;
+        while unix.read(&mut [0; 10]).ok() != Some(0) {
+            assert!(Instant::now() < end);
+            guest.step();
+        }
+        let end = Instant::now() + LIMIT;
+        while network.pause().connections != 1 {
+            assert!(Instant::now() < end);
+            guest.step();
+        }
+    }
+    let (_guest, network) = start(|_| {});
+    let file = std::fs::File::open("/dev/null").unwrap();
+    assert!(network.adopt(file.into(), 1).is_err());
+}
+
+#[test]
+fn a_guest_that_tells_is_asked_only_then() {
+    let (mut guest, network) = start(|configuration| {
+        configuration.publish = vec![publish(80, Protocol::Tcp)];
+        configuration.listens_told = true;
+    });
+    let mut client = TcpStream::connect(network.published()[0].0).unwrap();
+    client.set_nonblocking(true).unwrap();
+    let before = guest.started.elapsed();
+    while guest.started.elapsed() < before + Duration::from_millis(100) {
+        guest.step();
+    }
+    // It waits where another network would find it.
+    assert_eq!(network.pause().connections, 0);
+    network.resume();
+    let listener = guest.listen(80);
+    // Nobody comes to the loopback from outside.
+    network.guest_listens("127.0.0.1:80".parse().unwrap(), Protocol::Tcp);
+    assert_eq!(network.pause().connections, 0);
+    network.resume();
+    let told = Instant::now();
+    network.guest_listens(any(80), Protocol::Tcp);
+    let server = guest.until(|stack| stack.tcp_accept(listener).ok());
+    println!("let in {:?} after it was told", told.elapsed());
+    ask(&mut guest, server, &mut client, b"there");
+    // A program that listens no longer makes clients wait again.
+    network.guest_listens_no_more(any(80), Protocol::Tcp);
+    let _second = TcpStream::connect(network.published()[0].0).unwrap();
+    assert_eq!(network.pause().connections, 1);
+}
+
+#[test]
+fn first_datagrams_wait_until_the_port_is_bound() {
+    let (mut guest, network) = start(|configuration| {
+        configuration.publish = vec![publish(53, Protocol::Udp)];
+        configuration.listens_told = true;
+        configuration.dhcp = true;
+    });
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.connect(network.published()[0].0).unwrap();
+    client.set_read_timeout(Some(LIMIT)).unwrap();
+    for number in 0..64u8 {
+        client.send(&[number; 1000]).unwrap();
+    }
+    for _ in 0..5 {
+        guest.step();
+    }
+    assert_eq!(network.activity().bytes, 0);
+    let socket = guest.stack.datagram_open(DatagramKind::Udp);
+    guest.stack.datagram_bind(socket, any(53)).unwrap();
+    network.guest_listens(any(53), Protocol::Udp);
+    for _ in 0..5 {
+        guest.step();
+    }
+    assert_eq!(network.activity().bytes, 0, "the guest has no address yet");
+    guest.stack.remove_address("10.0.2.15".parse().unwrap());
+    guest.stack.start_dhcp(None);
+    for number in 0..64u8 {
+        let got = guest.until(|stack| stack.datagram_receive(socket).ok());
+        assert_eq!(got.data, [number; 1000]);
+        if number == 63 {
+            guest
+                .stack
+                .datagram_send(socket, Some(got.source), b"all")
+                .unwrap();
+            guest.step();
+        }
+    }
+    assert_eq!(client.recv(&mut [0; 10]).unwrap(), 3);
+}
+
+#[test]
+fn a_suspended_network_sleeps_until_somebody_comes() {
+    let echo = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = echo.local_addr().unwrap().port();
+    let (wake, woken) = wake();
+    let (mut guest, network) = start(|configuration| {
+        configuration.publish = vec![
+            publish(80, Protocol::Tcp),
+            publish(53, Protocol::Udp),
+            publish(81, Protocol::Tcp),
+        ];
+        configuration.allow_host_loopback = true;
+        configuration.wake = Some(Arc::clone(&wake));
+    });
+    let (tcp, udp) = (network.published()[0].0, network.published()[1].0);
+    let listener = guest.listen(80);
+    let mut client = TcpStream::connect(tcp).unwrap();
+    client.set_nonblocking(true).unwrap();
+    let server = guest.until(|stack| stack.tcp_accept(listener).ok());
+    ask(&mut guest, server, &mut client, b"before");
+    let published = guest.stack.datagram_open(DatagramKind::Udp);
+    guest.stack.datagram_bind(published, any(53)).unwrap();
+    let own = guest.stack.datagram_open(DatagramKind::Udp);
+    let far = SocketAddr::from(([10, 0, 2, 2], port));
+    guest.stack.datagram_send(own, Some(far), b"hello").unwrap();
+    guest.step();
+    let (_, from) = {
+        echo.set_read_timeout(Some(LIMIT)).unwrap();
+        echo.recv_from(&mut [0; 10]).unwrap()
+    };
+    let quiet = |woken: &std::sync::mpsc::Receiver<()>| {
+        assert!(woken.recv_timeout(Duration::from_millis(50)).is_err());
+    };
+    let wait = |woken: &std::sync::mpsc::Receiver<()>| {
+        woken.recv_timeout(LIMIT).expect("it is woken");
+    };
+
+    // Data on an open connection.
+    suspend(&mut guest, &network);
+    quiet(&woken);
+    client.write_all(b"more").unwrap();
+    wait(&woken);
+    client.write_all(b" and more").unwrap();
+    quiet(&woken);
+    network.resume();
+    let mut got = Vec::new();
+    guest.until(|stack| {
+        let mut buffer = [0; 100];
+        if let Ok(count) = stack.tcp_receive(server, &mut buffer) {
+            got.extend_from_slice(&buffer[..count]);
+        }
+        (got.len() == 13).then_some(())
+    });
+    assert_eq!(got, b"more and more");
+
+    // A new client.
+    suspend(&mut guest, &network);
+    let mut second = TcpStream::connect(tcp).unwrap();
+    second.set_nonblocking(true).unwrap();
+    wait(&woken);
+    assert_eq!(guest.stack.tcp_accept(listener), Err(Error::WouldBlock));
+    network.resume();
+    let other = guest.until(|stack| stack.tcp_accept(listener).ok());
+    ask(&mut guest, other, &mut second, b"hello");
+
+    // A datagram for a published port, and one for a flow of the guest's.
+    suspend(&mut guest, &network);
+    let question = UdpSocket::bind("127.0.0.1:0").unwrap();
+    question.send_to(b"name?", udp).unwrap();
+    wait(&woken);
+    network.resume();
+    let got = guest.until(|stack| stack.datagram_receive(published).ok());
+    assert_eq!(got.data, b"name?");
+    suspend(&mut guest, &network);
+    echo.send_to(b"late", from).unwrap();
+    wait(&woken);
+    network.resume();
+    let got = guest.until(|stack| stack.datagram_receive(own).ok());
+    assert_eq!(got.data, b"late");
+
+    // The end of a connection, and then its reset, which nobody needs to hear at once.
+    suspend(&mut guest, &network);
+    second.shutdown(std::net::Shutdown::Write).unwrap();
+    wait(&woken);
+    network.resume();
+    guest.until(|stack| (!echo_once(stack, other)).then_some(()));
+
+    // What the guest has said before it was stopped.
+    suspend(&mut guest, &network);
+    guest.stack.tcp_send(server, b"by the way").unwrap();
+    guest.step();
+    wait(&woken);
+    network.resume();
+    let mut got = Vec::new();
+    guest.until(|_| {
+        let mut buffer = [0; 100];
+        if let Ok(count) = client.read(&mut buffer) {
+            got.extend_from_slice(&buffer[..count]);
+        }
+        (got == b"by the way").then_some(())
+    });
+
+    // A connection that is handed over.
+    suspend(&mut guest, &network);
+    let (mut unix, end) = UnixStream::pair().unwrap();
+    unix.set_nonblocking(true).unwrap();
+    network.adopt(end.into(), 80).unwrap();
+    wait(&woken);
+    network.resume();
+    let adopted = guest.until(|stack| stack.tcp_accept(listener).ok());
+    ask(&mut guest, adopted, &mut unix, b"hello");
+
+    // Somebody who waits because of a pause.
+    network.pause();
+    let _third = TcpStream::connect(tcp).unwrap();
+    for _ in 0..10 {
+        guest.step();
+        assert!(!network.suspend());
+    }
+    network.resume();
+    assert!(guest.until(|stack| stack.tcp_accept(listener).ok()) != server);
+    // All is as it was.
+    ask(&mut guest, server, &mut client, b"still there");
+    // A guest that ends while it is stopped.
+    suspend(&mut guest, &network);
+    let mut network = network;
+    drop(guest);
+    network.join();
+}
+
+#[test]
+fn nothing_is_suspended_while_something_is_under_way() {
+    let (mut guest, network) =
+        start(|configuration| configuration.publish = vec![publish(80, Protocol::Tcp)]);
+    guest.step();
+    assert!(!network.suspend(), "there is nobody to wake");
+
+    let (wake, _woken) = wake();
+    let (mut guest, network) = start(|configuration| {
+        configuration.publish = vec![publish(80, Protocol::Tcp)];
+        configuration.wake = Some(Arc::clone(&wake));
+    });
+    let address = network.published()[0].0;
+    let mut client = TcpStream::connect(address).unwrap();
+    // A client that waits for the guest.
+    for _ in 0..5 {
+        guest.step();
+        assert!(!network.suspend());
+    }
+    let listener = guest.listen(80);
+    let server = guest.until(|stack| stack.tcp_accept(listener).ok());
+    suspend(&mut guest, &network);
+    network.resume();
+    // Data that the guest has not acknowledged: it does not even read frames.
+    client.write_all(b"question").unwrap();
+    let end = Instant::now() + LIMIT;
+    while network.activity().bytes < 8 {
+        assert!(Instant::now() < end);
+        thread::yield_now();
+    }
+    assert!(!network.suspend());
+    suspend(&mut guest, &network);
+    network.resume();
+    // Data that the client does not take.
+    let data = pattern(20 << 20);
+    let mut sent = 0;
+    let end = Instant::now() + Duration::from_millis(500);
+    while Instant::now() < end {
+        while let Ok(count) = guest.stack.tcp_send(server, &data[sent..]) {
+            sent += count;
+        }
+        guest.step();
+    }
+    assert!(!network.suspend());
+    let reader = thread::spawn(move || {
+        let mut got = vec![0; sent];
+        client.read_exact(&mut got).unwrap();
+        (client, got)
+    });
+    while !reader.is_finished() {
+        guest.step();
+    }
+    let (client, got) = reader.join().unwrap();
+    assert!(got == data[..sent]);
+    // A connection that is half closed may sleep.
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    guest.until(|stack| {
+        stack
+            .readiness(server)
+            .contains(Readiness::READ_CLOSED)
+            .then_some(())
+    });
+    suspend(&mut guest, &network);
+    network.resume();
+    // One whose client is gone altogether ends.
+    rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
+    drop(client);
+    guest.until(|stack| {
+        stack
+            .readiness(server)
+            .contains(Readiness::ERROR)
+            .then_some(())
+    });
+}
+
+#[test]
+fn an_idle_and_a_suspended_network_use_no_cpu() {
+    let (wake, _woken) = wake();
+    let before = thread_use("kiln-network");
+    let (mut guest, network) = start(|configuration| {
+        configuration.publish = vec![publish(80, Protocol::Tcp)];
+        configuration.wake = Some(Arc::clone(&wake));
+    });
+    let listener = guest.listen(80);
+    let mut client = TcpStream::connect(network.published()[0].0).unwrap();
+    client.set_nonblocking(true).unwrap();
+    let server = guest.until(|stack| stack.tcp_accept(listener).ok());
+    ask(&mut guest, server, &mut client, b"hello");
+    suspend(&mut guest, &network);
+    // Other tests have such threads too; this one's is among those that are new.
+    let own: Vec<_> = thread_use("kiln-network")
+        .into_iter()
+        .filter(|(id, ..)| before.iter().all(|(other, ..)| other != id))
+        .collect();
+    thread::sleep(Duration::from_millis(1500));
+    let after = thread_use("kiln-network");
+    let slept = own.iter().any(|(id, used, waits)| {
+        after.iter().any(|(other, used_after, waits_after)| {
+            other == id && used == used_after && waits == waits_after
+        })
+    });
+    assert!(slept, "before {own:?}, after {after:?}");
+    network.resume();
+    ask(&mut guest, server, &mut client, b"again");
+}
