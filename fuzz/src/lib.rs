@@ -14,6 +14,7 @@
 pub mod mutate;
 pub mod network;
 pub mod program;
+pub mod summon;
 
 /// A parser to be fed with anything.
 #[derive(Clone, Copy)]
@@ -77,5 +78,10 @@ pub const TARGETS: &[Target] = &[
         name: "frames",
         run: network::frames,
         seeds: network::frames_seeds,
+    },
+    Target {
+        name: "summon",
+        run: summon::summon,
+        seeds: summon::summon_seeds,
     },
 ];

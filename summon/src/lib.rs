@@ -9,6 +9,6 @@
 //! Not here: running an instance (`kiln-monitor`) and building its image (`kiln-image`).
 #![forbid(unsafe_code)]
 
+pub mod address;
 pub mod configuration;
 pub mod dns;
-pub mod unit;

@@ -45,17 +45,35 @@
 //! | `idle` | 2 x `ttl` | how long nobody must need it before it is stopped |
 //! | `memory`, `engine`, `net`, `environment`, `volumes`, `workdir`, `user`, `hostname`, `log`, `include`, `rewrite` | as `kiln run` | what the options of `kiln run` mean |
 
+mod check;
+mod flag;
+mod machine;
+mod problem;
+mod reader;
+mod text;
+mod value;
+
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
+pub use flag::Overrides;
 pub use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 pub use kiln_abi::manifest::{Protocol, User};
 pub use kiln_monitor::arguments::VolumeMount;
+use kiln_monitor::arguments::parse_name;
 use serde::{Deserialize, Serialize};
+
+use check::Check;
+use reader::{Defaults, Reader};
+use value::Sources;
+
+pub use machine::Machine;
+pub use problem::{Place, Problem, Problems};
+pub use text::{format_duration, parse_dns_name, parse_duration};
 
 /// Name of the file.
 pub const FILE_NAME: &str = "summon.toml";
@@ -369,3 +387,295 @@ impl Configuration {
         all
     }
 }
+
+/// Largest file that is read, in bytes.
+const MAX_LENGTH: u64 = 4 << 20;
+/// Most units.
+const MAX_UNITS: usize = 10_000;
+/// Most fronts.
+const MAX_FRONTS: usize = 1000;
+
+impl Configuration {
+    /// Reads a file, if there is one, and flags, and checks all of it.
+    ///
+    /// # Errors
+    /// All problems.
+    pub fn read(
+        path: Option<&Path>,
+        overrides: &Overrides,
+        machine: &Machine,
+    ) -> Result<Self, Problems> {
+        let Some(path) = path else {
+            return assemble(None, overrides, machine);
+        };
+        let text = read_text(path)?;
+        assemble(Some((&text, path)), overrides, machine)
+    }
+
+    /// Checks the text of a file; `path` gives the directory that paths are relative to, and the name in messages.
+    ///
+    /// # Errors
+    /// All problems.
+    pub fn parse(text: &str, path: &Path, machine: &Machine) -> Result<Self, Problems> {
+        assemble(Some((text, path)), &Overrides::default(), machine)
+    }
+
+    /// Reads a unit in one line: `dns=www.example.org,image=site.kiln,port=80,ttl=60,stop=suspend`. The keys are those of
+    /// a unit in the file; `port`, `env`, `volume`, `argument` and `name` are understood too. A repeated key adds a
+    /// value, `\,` is a comma in a value. Without `name`, the first DNS name is the unit's name. It is not yet checked
+    /// together with the other units: [`Configuration::with`] does that.
+    ///
+    /// # Errors
+    /// All problems.
+    pub fn parse_unit(&self, text: &str, directory: &Path) -> Result<Unit, Problems> {
+        let mut reader = Reader {
+            sources: Sources::default(),
+            marks: HashMap::new(),
+        };
+        let defaults = Defaults {
+            directory: &absolute(directory),
+            ttl: self.ttl,
+            fronts: &self.fronts,
+            look_for_files: true,
+        };
+        let unit = unit_from_flag(text, &mut reader, &defaults);
+        reader.sources.into_result()?;
+        // None without a problem cannot be; if it were, this would still be an error and not a wrong unit.
+        unit.ok_or_else(|| {
+            Problems::of_file(
+                Path::new("--unit"),
+                "it is not complete".into(),
+                "give dns, image and port",
+            )
+        })
+    }
+
+    /// This configuration with more units, which come from [`Configuration::parse_unit`] or the store, checked as a whole.
+    ///
+    /// # Errors
+    /// All problems.
+    pub fn with(
+        &self,
+        units: impl IntoIterator<Item = Unit>,
+        machine: &Machine,
+    ) -> Result<Self, Problems> {
+        let mut whole = self.clone();
+        let mut reader = Reader {
+            sources: Sources::default(),
+            marks: HashMap::new(),
+        };
+        let fallback = reader.sources.add_named("added unit");
+        for unit in units {
+            if let Some(taken) = whole.units.get(&unit.name) {
+                let key = format!("unit.{}", taken.name);
+                reader.sources.tell(fallback, &key, taken_name());
+                continue;
+            }
+            let mark = reader
+                .sources
+                .add_named(format!("added unit {}", unit.name));
+            reader.marks.insert(format!("unit.{}", unit.name), mark);
+            whole.units.insert(unit.name.clone(), unit);
+        }
+        Check {
+            configuration: &whole,
+            machine,
+            reader: &mut reader,
+            fallback,
+        }
+        .run();
+        reader.sources.into_result()?;
+        Ok(whole)
+    }
+
+    /// What is allowed but may not be meant, for people.
+    #[must_use]
+    pub fn remarks(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        let public = self.listen.iter().any(|listen| !listen.ip().is_loopback());
+        let open = self
+            .forward_for
+            .iter()
+            .find(|network| network.prefix_len() == 0);
+        if let (true, Some(open), true) = (public, open, self.forward != Forward::None) {
+            all.push(format!("questions of anybody ({open}) are forwarded: an open resolver is used for attacks on others; narrow `forward_for`"));
+        }
+        if self.interface.is_none() {
+            let needed = self.units.values().any(|unit| self.needs_lease(unit));
+            if needed && !self.pool.network().is_loopback() {
+                all.push(format!("the addresses of {} must be this machine's already, as no `interface` is given", self.pool));
+            }
+            if let Some(pool) = self.pool6.filter(|_| !self.units.is_empty()) {
+                all.push(format!("the addresses of {pool} must be this machine's already, as no `interface` is given: ip -6 route add local {pool} dev lo"));
+            }
+        }
+        all
+    }
+}
+
+fn read_text(path: &Path) -> Result<String, Problems> {
+    let cannot = |error: &std::io::Error| {
+        Problems::of_file(
+            path,
+            format!("cannot be read: {error}"),
+            "give the path of a summon.toml, or units with --unit",
+        )
+    };
+    let length = std::fs::metadata(path)
+        .map_err(|error| cannot(&error))?
+        .len();
+    if length > MAX_LENGTH {
+        return Err(Problems::of_file(
+            path,
+            format!("is {length} bytes long"),
+            "a summon.toml has at most 4 MiB",
+        ));
+    }
+    let bytes = std::fs::read(path).map_err(|error| cannot(&error))?;
+    String::from_utf8(bytes)
+        .map_err(|_| Problems::of_file(path, "is not UTF-8 text".into(), "save it as UTF-8"))
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+fn taken_name() -> problem::Fault {
+    problem::Fault::new(
+        "there is a unit of this name already",
+        "choose another name (name=...), or remove that one: kiln summon rm NAME",
+    )
+}
+
+fn unit_from_flag(text: &str, reader: &mut Reader<'_>, defaults: &Defaults<'_>) -> Option<Unit> {
+    let flag = flag::unit(text, &mut reader.sources);
+    let Some(name) = flag.name else {
+        let fault = problem::Fault::new(
+            "it has no name to be asked for by",
+            "add dns=www.example.org",
+        );
+        reader.sources.tell(flag.mark, "dns", fault);
+        return None;
+    };
+    if let Err(error) = parse_name(&name) {
+        reader.sources.tell(flag.mark, "name", error.into());
+        return None;
+    }
+    let path = format!("unit.{name}");
+    reader.marks.insert(path.clone(), flag.mark);
+    reader.unit(&path, &name, flag.mark, &flag.entries, defaults)
+}
+
+/// Puts a configuration together: the file's keys, the flags over them, fronts, units, and then the checks of the whole.
+fn assemble(
+    file: Option<(&str, &Path)>,
+    overrides: &Overrides,
+    machine: &Machine,
+) -> Result<Configuration, Problems> {
+    let mut reader = Reader {
+        sources: Sources::default(),
+        marks: HashMap::new(),
+    };
+    let directory = match file {
+        Some((_, path)) => match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => absolute(parent),
+            _ => absolute(Path::new(".")),
+        },
+        None => absolute(Path::new(".")),
+    };
+    let entries = match file {
+        Some((text, path)) => reader.sources.add_file(text, path),
+        None => Vec::new(),
+    };
+    let fallback = reader.sources.add_named(match file {
+        Some((_, path)) => path.display().to_string(),
+        None => "kiln summon".to_owned(),
+    });
+    // After a mistake of syntax, what is missing may only have been lost: nothing is told but the mistake.
+    let whole = reader.sources.is_fine();
+    let mut configuration = Configuration {
+        path: file.map(|(_, path)| absolute(path)),
+        directory: directory.clone(),
+        ..Configuration::default()
+    };
+    if whole {
+        reader.globals(&entries, &mut configuration);
+    }
+    let flags = overrides.entries(&mut reader.sources);
+    reader.globals(&flags, &mut configuration);
+    if whole {
+        for (path, entry, keys) in reader.named(&entries, "front", MAX_FRONTS) {
+            let front = reader.front(&path, entry, keys, &directory);
+            configuration.fronts.insert(front.name.clone(), front);
+        }
+    }
+    let mut units = BTreeMap::new();
+    let mut defaults = Defaults {
+        directory: &directory,
+        ttl: configuration.ttl,
+        fronts: &configuration.fronts,
+        look_for_files: machine.look_for_files,
+    };
+    if whole {
+        for (path, entry, keys) in reader.named(&entries, "unit", MAX_UNITS) {
+            if let Some(unit) = reader.unit(&path, &entry.name, entry.mark, keys, &defaults) {
+                units.insert(unit.name.clone(), unit);
+            }
+        }
+    }
+    // Paths of flags are relative to where the command is given.
+    let here = absolute(Path::new("."));
+    defaults.directory = &here;
+    for text in &overrides.units {
+        if let Some(unit) = unit_from_flag(text, &mut reader, &defaults) {
+            let key = format!("unit.{}", unit.name);
+            let mark = reader.marks.get(&key).copied().unwrap_or(fallback);
+            if units.contains_key(&unit.name) {
+                reader.sources.tell(mark, &key, taken_name());
+            } else {
+                units.insert(unit.name.clone(), unit);
+            }
+        }
+    }
+    configuration.units = units;
+    if whole {
+        Check {
+            configuration: &configuration,
+            machine,
+            reader: &mut reader,
+            fallback,
+        }
+        .run();
+    }
+    reader.sources.into_result()?;
+    Ok(configuration)
+}
+
+impl Default for Configuration {
+    fn default() -> Self {
+        let loopback = [
+            IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+            IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
+        ];
+        Self {
+            path: None,
+            directory: PathBuf::from("/"),
+            listen: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 53))],
+            forward: Forward::System,
+            forward_for: loopback.into(),
+            zones: Vec::new(),
+            ttl: DEFAULT_TTL,
+            pool: Ipv4Net::new_assert(Ipv4Addr::new(127, 78, 0, 0), 16),
+            pool6: None,
+            interface: None,
+            metrics: None,
+            max_running: None,
+            max_memory: None,
+            fronts: BTreeMap::new(),
+            units: BTreeMap::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
