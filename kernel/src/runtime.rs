@@ -318,8 +318,10 @@ fn panic(information: &PanicInfo<'_>) -> ! {
             break;
         }
         let offset = address - boot.kernel.start as u64;
-        match kiln_kernel::boot::symbols::kernel_symbol(boot.kernel_file, offset) {
+        // The call lies before the address to return to, which may be another function's when the call never returns.
+        match kiln_kernel::boot::symbols::kernel_symbol(boot.kernel_file, offset - 1) {
             Some((name, distance)) => {
+                let distance = distance + 1;
                 let _ = writeln!(console, "  #{depth} {offset:#x} {name}+{distance:#x}");
             }
             None => {

@@ -178,13 +178,21 @@ fn remarks_of_the_kernel_are_apart_from_the_programs_output_and_none_is_lost() {
                 .count();
             assert_eq!(times, 1, "{engine} {number}: {outcome}");
         }
-        // The log has both, each in lines of its own, in the order in which they came.
+        // The log has both, each remark as a line of its own, the last one last.
         let log = kiln.run(["logs", "one"]).output;
+        let last = log.lines().last().unwrap_or_default();
         assert!(
-            log.contains("\nline 39\nno end of line\nkiln: "),
+            last.starts_with("kiln: warning: not supported: system call 4100 "),
             "{engine}: {log}"
         );
-        assert!(log.ends_with('\n'), "{engine}: {log}");
+        let (remarks, program): (Vec<_>, Vec<_>) =
+            log.lines().partition(|line| line.starts_with("kiln: "));
+        assert_eq!(remarks.len(), 41, "{engine}: {log}");
+        assert_eq!(
+            program.concat(),
+            outcome.output.replace('\n', ""),
+            "{engine}: {log}"
+        );
         kiln.run(["rm", "one"]);
     }
 }
@@ -251,4 +259,91 @@ fn the_version_is_said() {
             .succeed(["version"])
             .contains(env!("CARGO_PKG_VERSION"))
     );
+}
+
+/// Has the kernel panic, as root may on Linux (`proc_sysrq-trigger(5)`).
+const PANICKER: &str = r#"
+#include <fcntl.h>
+#include <stdio.h>
+#include <unistd.h>
+int main(void) {
+    int trigger = open("/proc/sysrq-trigger", O_WRONLY);
+    if (trigger < 0) { perror("/proc/sysrq-trigger"); return 1; }
+    if (write(trigger, "?", 1) >= 0) return 2;
+    puts("before");
+    fflush(stdout);
+    write(trigger, "c", 1);
+    puts("after");
+    return 3;
+}
+"#;
+
+#[test]
+fn a_panic_of_the_kernel_ends_the_instance_with_a_backtrace_and_leaves_nothing() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "panicker", PANICKER));
+    let image = image.to_str().expect("the path is text");
+    for engine in engines() {
+        let outcome = kiln.run(["run", "--name", "one", "--engine", &engine, image]);
+        assert_eq!(outcome.code(), 254, "{engine}: {outcome}");
+        assert!(
+            outcome.errors.contains("the kernel panicked"),
+            "{engine}: {outcome}"
+        );
+        let log = kiln.run(["logs", "one"]).output;
+        for text in [&outcome.output, &log] {
+            let (said, trace) = text
+                .split_once("kiln: kernel panic: ")
+                .unwrap_or_else(|| panic!("{engine}: no panic\n{outcome}\n{log}"));
+            assert!(said.contains("before\n"), "{engine}: {text}");
+            assert!(!text.contains("after\n"), "{engine}: {text}");
+            assert!(trace.contains("sysrq triggered crash"), "{engine}: {text}");
+            // From the cause to the main loop, by name.
+            let mut frames = trace.lines().filter(|line| line.starts_with("  #"));
+            for name in ["system_request+", "file::write+", "Kernel::run+"] {
+                assert!(
+                    frames.any(|frame| frame.contains(name)),
+                    "{engine}: no {name} in its place\n{text}"
+                );
+            }
+        }
+        let listed = kiln.succeed(["ps"]);
+        assert!(listed.contains("254"), "{engine}: {listed}");
+        assert_eq!(kiln.succeed(["ps", "-q", "--running"]), "", "{engine}");
+        kiln.succeed(["rm", "one"]);
+
+        // In the background it ends the same way, and its processes are gone.
+        kiln.start("two", &["--engine", &engine, image]);
+        let listed = eventually("its end", || {
+            let listed = kiln.succeed(["ps"]);
+            listed.contains("254").then_some(listed)
+        });
+        assert!(listed.contains("two"), "{engine}: {listed}");
+        let told = kiln.succeed(["inspect", "two"]);
+        for key in ["\"monitor\": ", "\"process\": "] {
+            let number = told
+                .split_once(key)
+                .map(|(_, rest)| rest.split([',', '\n']).next().unwrap_or(rest));
+            if let Some(number) = number.and_then(|number| number.parse::<u32>().ok()) {
+                eventually("the end of its processes", || {
+                    (!std::path::Path::new(&format!("/proc/{number}")).exists()).then_some(())
+                });
+            }
+        }
+        kiln.succeed(["rm", "two"]);
+        let left: Vec<_> = fs::read_dir(kiln.state().join("instances"))
+            .expect("the folder of the instances")
+            .collect();
+        assert!(left.is_empty(), "{engine}: {left:?}");
+    }
+}
+
+#[test]
+fn only_root_makes_the_kernel_panic() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "panicker", PANICKER));
+    let image = image.to_str().expect("the path is text");
+    let outcome = kiln.run(["run", "--user", "12:34", image]);
+    assert_eq!(outcome.code(), 1, "{outcome}");
+    assert!(outcome.output.contains("Permission denied"), "{outcome}");
 }

@@ -29,6 +29,7 @@ use crate::{
     syscall::process::RELEASE,
     task::{NAME_LENGTH, Process, Thread, UNLIMITED, signal},
     time::SECOND,
+    trace,
 };
 
 const ORIGIN: Origin = Origin {
@@ -155,12 +156,25 @@ fn make_root(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
             "devices",
             fixed("Character devices:\n  1 mem\n  5 /dev/tty\n\nBlock devices:\n"),
         ),
+        ("sysrq-trigger", TextFile::trigger(ORIGIN, system_request)),
         ("sys", {
             let kernel = Arc::clone(kernel);
             TextDirectory::later(ORIGIN, move || settings(&kernel))
         }),
     ];
     TextDirectory::inode(ORIGIN, entries)
+}
+
+/// What is written to `/proc/sysrq-trigger`: `c` is a panic of the kernel on purpose, as in Linux.
+fn system_request(bytes: &[u8]) -> Result<()> {
+    match bytes.first() {
+        Some(b'c') => panic!("sysrq triggered crash"),
+        Some(_) => {
+            trace::warn!("not supported: requests to /proc/sysrq-trigger but c (a crash)");
+            Err(Errno::EINVAL)
+        }
+        None => Ok(()),
+    }
 }
 
 fn put(text: &mut String, arguments: core::fmt::Arguments<'_>) {

@@ -115,6 +115,21 @@ impl TextFile {
             store,
         })
     }
+
+    /// A file that root can write, for what writing it does; reading it is `EIO`.
+    #[must_use]
+    pub fn trigger(
+        origin: Origin,
+        act: impl Fn(&[u8]) -> Result<()> + Send + Sync + 'static,
+    ) -> Arc<dyn Inode> {
+        Arc::new(TextFile {
+            origin,
+            inode: next_inode(),
+            permissions: 0o200,
+            generate: Box::new(|| Err(Errno::EIO)),
+            store: Some(Box::new(act)),
+        })
+    }
 }
 
 impl Inode for TextFile {

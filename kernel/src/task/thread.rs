@@ -248,7 +248,7 @@ fn report_end(thread: &Arc<Thread>, context: &UserContext, end: signal::SignalIn
         end.code,
         end.address,
         r.rip,
-        place(thread, r.rip)
+        place(thread, r.rip, 0)
     );
     trace::error!(
         "rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}",
@@ -290,19 +290,26 @@ fn report_end(thread: &Arc<Thread>, context: &UserContext, end: signal::SignalIn
         if address == 0 || next <= frame {
             break;
         }
-        trace::error!("  #{depth} {address:#x} {}", place(thread, address));
+        trace::error!("  #{depth} {address:#x} {}", place(thread, address, 1));
         frame = next;
     }
 }
 
-/// Which mapped file an address lies in, and where in it; with the symbol if the file has symbols.
-fn place(thread: &Thread, address: u64) -> String {
-    let found = thread.process.memory.lock().file_at(address as usize);
+/// Which mapped file an address lies in, and where in it; with the symbol if the file has symbols. `behind`: 1 for an address to
+/// return to, whose call lies before it; the next function may begin there, when the call never returns.
+fn place(thread: &Thread, address: u64, behind: u64) -> String {
+    let found = thread
+        .process
+        .memory
+        .lock()
+        .file_at((address - behind) as usize);
     match found {
         Some((path, offset)) => {
             let symbol = crate::boot::symbols::lookup(thread.kernel(), &path, offset);
+            let offset = offset + behind;
             match symbol {
                 Some((name, distance)) => {
+                    let distance = distance + behind;
                     alloc::format!("({name}+{distance:#x} in {path}+{offset:#x})")
                 }
                 None => alloc::format!("({path}+{offset:#x})"),
