@@ -1,4 +1,4 @@
-//! What one run adds to an image's manifest. Passed as JSON at boot.
+//! What one run adds to an image's manifest. Passed in postcard's encoding at boot; the monitor keeps it as JSON.
 
 use alloc::{collections::BTreeMap, string::String, vec::Vec};
 use core::net::IpAddr;
@@ -30,6 +30,26 @@ pub struct RunConfiguration {
     pub realtime: Option<u64>,
     /// What to log, in the kernel's filter syntax (`syscall=trace,net=debug`).
     pub log: Option<String>,
+}
+
+impl RunConfiguration {
+    /// The bytes that the kernel gets.
+    ///
+    /// # Errors
+    ///
+    /// None that is known: postcard's signature has one.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, postcard::Error> {
+        postcard::to_allocvec(self)
+    }
+
+    /// Reads what [`RunConfiguration::to_bytes`] wrote.
+    ///
+    /// # Errors
+    ///
+    /// The bytes are something else.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, postcard::Error> {
+        postcard::from_bytes(bytes)
+    }
 }
 
 /// How the program reaches the network.

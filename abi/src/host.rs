@@ -239,9 +239,9 @@ pub struct BootInformation {
     pub kernel_text: MemoryRange,
     /// The kernel's ELF file as stored in the image (symbols for backtraces), mapped read-only.
     pub kernel_file: MemoryRange,
-    /// The image's manifest (JSON, [`crate::manifest::Manifest`]), mapped read-only.
-    pub manifest: MemoryRange,
-    /// The run's configuration (JSON, [`crate::configuration::RunConfiguration`]), mapped read-only;
+    /// What the image says about its program ([`crate::manifest::Program`]), mapped read-only.
+    pub program: MemoryRange,
+    /// The run's configuration ([`crate::configuration::RunConfiguration::to_bytes`]), mapped read-only;
     /// empty when an image is started by hand.
     pub configuration: MemoryRange,
     /// The root file system (EROFS), mapped read-only.

@@ -3,11 +3,12 @@
 //! An image is one ELF64 executable for x86-64:
 //!
 //! * program headers describe what a VM needs in memory: the VM shim (`PT_LOAD` at
-//!   [`SHIM_PHYSICAL`]), and one `PT_LOAD` each for header page, kernel, manifest and root, at page-aligned file
+//!   [`SHIM_PHYSICAL`]), and one `PT_LOAD` each for header page, kernel, program and root, at page-aligned file
 //!   offsets and physical addresses; a `PT_NOTE` names the PVH entry (`XEN_ELFNOTE_PHYS32_ENTRY`,
 //!   type 18, name `Xen`), which QEMU's `-kernel`, Firecracker and Xen understand;
 //! * section headers name the same pieces, so that `readelf -S` shows them and the monitor finds them:
-//!   [`SECTION_KERNEL`], [`SECTION_MANIFEST`], [`SECTION_ROOT`], [`SECTION_SHIM`].
+//!   [`SECTION_KERNEL`], [`SECTION_PROGRAM`], [`SECTION_ROOT`], [`SECTION_SHIM`]; and the manifest, which is for people and
+//!   tools and not loaded: [`SECTION_MANIFEST`].
 //!
 //! The VM shim finds the pieces through the [`Directory`], which the builder writes at the physical address
 //! [`DIRECTORY_PHYSICAL`].
@@ -16,6 +17,8 @@
 pub const SECTION_KERNEL: &str = ".kiln.kernel";
 /// Section that holds the manifest as JSON.
 pub const SECTION_MANIFEST: &str = ".kiln.manifest";
+/// Section that holds what the kernel needs of the manifest ([`crate::manifest::Program`]).
+pub const SECTION_PROGRAM: &str = ".kiln.program";
 /// Section that holds the root file system as EROFS.
 pub const SECTION_ROOT: &str = ".kiln.root";
 /// Section that holds the VM shim.
@@ -28,8 +31,10 @@ pub const DIRECTORY_PHYSICAL: u64 = 0x10_0000;
 /// Where the VM shim is linked and loaded in physical memory.
 pub const SHIM_PHYSICAL: u64 = 0x10_1000;
 
-/// [`Directory::magic`].
-pub const DIRECTORY_MAGIC: u64 = u64::from_le_bytes(*b"KilnImg1");
+/// [`Directory::magic`]: [`DIRECTORY_NAME`] and the number of the layout.
+pub const DIRECTORY_MAGIC: u64 = u64::from_le_bytes(*b"KilnImg2");
+/// How the magic number begins in every layout.
+pub const DIRECTORY_NAME: &[u8] = b"KilnImg";
 
 /// One piece of an image in physical memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,8 +54,8 @@ pub struct Directory {
     pub magic: u64,
     /// The kernel's ELF file.
     pub kernel: Piece,
-    /// The manifest.
-    pub manifest: Piece,
+    /// What the manifest says to the kernel.
+    pub program: Piece,
     /// The root file system.
     pub root: Piece,
 }
@@ -66,8 +71,8 @@ impl Directory {
             self.magic,
             self.kernel.physical,
             self.kernel.length,
-            self.manifest.physical,
-            self.manifest.length,
+            self.program.physical,
+            self.program.length,
             self.root.physical,
             self.root.length,
         ];

@@ -57,8 +57,8 @@ pub struct Extent {
 pub struct Parameters {
     /// The kernel's ELF file in the image; at a page boundary.
     pub kernel: Extent,
-    /// The manifest in the image.
-    pub manifest: Extent,
+    /// What the manifest says to the kernel, in the image.
+    pub program: Extent,
     /// The root file system in the image; at a page boundary.
     pub root: Extent,
     /// The run's configuration in the parameter file.
@@ -88,8 +88,8 @@ impl Parameters {
             MAGIC,
             self.kernel.offset,
             self.kernel.length,
-            self.manifest.offset,
-            self.manifest.length,
+            self.program.offset,
+            self.program.length,
             self.root.offset,
             self.root.length,
             self.configuration.offset,
@@ -137,7 +137,7 @@ impl Parameters {
         let extent = |offset, length| Extent { offset, length };
         (magic == MAGIC).then_some(Self {
             kernel: extent(a, b),
-            manifest: extent(c, d),
+            program: extent(c, d),
             root: extent(e, f),
             configuration: extent(g, h),
             filter: extent(i, j),
@@ -161,7 +161,7 @@ mod tests {
         };
         let parameters = Parameters {
             kernel: extent(1),
-            manifest: extent(2),
+            program: extent(2),
             root: extent(3),
             configuration: extent(4),
             filter: extent(5),

@@ -58,7 +58,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, Failure> {
         path,
         pieces: Pieces {
             kernel: piece(image.kernel()),
-            manifest: piece(image.manifest_extent()),
+            program: piece(image.program_extent()),
             root: piece(image.root()),
         },
     };

@@ -14,7 +14,7 @@ use std::{
 use kiln_abi::{
     configuration::RunConfiguration,
     image::SHIM_PHYSICAL,
-    manifest::{FORMAT, Manifest, Port, Protocol},
+    manifest::{FORMAT, Manifest, Port, Program, Protocol},
 };
 use kiln_image::{
     Guest, Image,
@@ -307,7 +307,7 @@ fn sample_manifest() -> Manifest {
     }
 }
 
-/// A manifest and a run configuration, as the kernel reads them.
+/// A manifest and a run configuration, as people and as the kernel read them.
 pub fn manifest(bytes: &[u8]) {
     if let Ok(manifest) = serde_json::from_slice::<Manifest>(bytes) {
         let again = serde_json::to_vec(&manifest).expect("what was read can be written");
@@ -323,6 +323,16 @@ pub fn manifest(bytes: &[u8]) {
             configuration
         );
     }
+    if let Ok(program) = Program::from_bytes(bytes) {
+        let again = program.to_bytes().expect("what was read can be written");
+        assert_eq!(Program::from_bytes(&again), Ok(program));
+    }
+    if let Ok(configuration) = RunConfiguration::from_bytes(bytes) {
+        let again = configuration
+            .to_bytes()
+            .expect("what was read can be written");
+        assert_eq!(RunConfiguration::from_bytes(&again), Ok(configuration));
+    }
 }
 
 /// One of each.
@@ -331,13 +341,18 @@ pub fn manifest_seeds() -> Vec<Vec<u8>> {
         hostname: Some("h".into()),
         ..RunConfiguration::default()
     };
-    [
+    let text = [
         serde_json::to_vec(&sample_manifest()),
         serde_json::to_vec(&configuration),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    ];
+    let binary = [
+        sample_manifest().program().to_bytes(),
+        configuration.to_bytes(),
+    ];
+    text.into_iter()
+        .flatten()
+        .chain(binary.into_iter().flatten())
+        .collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! The image file: writing, opening, checking.
 //!
 //! The layout is that of [`kiln_abi::image`]. In the file, the pieces follow each other at page-aligned offsets:
-//! ELF header and program headers, directory, VM shim, kernel, manifest, root, section headers.
+//! ELF header and program headers, directory, VM shim, kernel, program (what the kernel needs of the manifest), manifest,
+//! root, section headers.
 //!
 //! [`Image::open`] believes nothing: it checks that every piece lies in the file, that none overlaps another, and
 //! that ELF headers and directory agree. It reads some pages only, however large the image is.
@@ -16,10 +17,11 @@ use std::{
 use kiln_abi::{
     host::PAGE_SIZE,
     image::{
-        DIRECTORY_MAGIC, DIRECTORY_PHYSICAL, Directory, Piece, SECTION_DIRECTORY, SECTION_KERNEL,
-        SECTION_MANIFEST, SECTION_ROOT, SECTION_SHIM, SHIM_PHYSICAL,
+        DIRECTORY_MAGIC, DIRECTORY_NAME, DIRECTORY_PHYSICAL, Directory, Piece, SECTION_DIRECTORY,
+        SECTION_KERNEL, SECTION_MANIFEST, SECTION_PROGRAM, SECTION_ROOT, SECTION_SHIM,
+        SHIM_PHYSICAL,
     },
-    manifest::{FORMAT, Manifest},
+    manifest::{FORMAT, Manifest, Program},
 };
 use object::{
     LittleEndian,
@@ -193,15 +195,18 @@ pub fn write(
             reason: "is no ELF file".into(),
         });
     }
-    let manifest = serde_json::to_vec_pretty(manifest).map_err(|error| Error::BadImage {
+    let unusable = |reason: String| Error::BadImage {
         path: path.into(),
-        reason: error.to_string(),
-    })?;
+        reason,
+    };
+    let program = manifest
+        .program()
+        .to_bytes()
+        .map_err(|error| unusable(error.to_string()))?;
+    let manifest =
+        serde_json::to_vec_pretty(manifest).map_err(|error| unusable(error.to_string()))?;
     if manifest.len() as u64 > MAX_MANIFEST {
-        return Err(Error::BadImage {
-            path: path.into(),
-            reason: "the manifest would be larger than 1 MiB".into(),
-        });
+        return Err(unusable("the manifest would be larger than 1 MiB".into()));
     }
 
     let directory = Extent {
@@ -216,8 +221,12 @@ pub fn write(
         offset: align(shim_extent.end()),
         length: guest.kernel.len() as u64,
     };
-    let manifest_extent = Extent {
+    let program_extent = Extent {
         offset: align(kernel.end()),
+        length: program.len() as u64,
+    };
+    let manifest_extent = Extent {
+        offset: align(program_extent.end()),
         length: manifest.len() as u64,
     };
     let root_offset = align(manifest_extent.end());
@@ -227,6 +236,7 @@ pub fn write(
     for (extent, bytes) in [
         (shim_extent, guest.vm_shim),
         (kernel, guest.kernel),
+        (program_extent, program.as_slice()),
         (manifest_extent, manifest.as_slice()),
     ] {
         output
@@ -255,8 +265,8 @@ pub fn write(
     }
 
     let kernel_physical = align(shim.end);
-    let manifest_physical = align(kernel_physical + kernel.length);
-    let root_physical = align(manifest_physical + manifest_extent.length);
+    let program_physical = align(kernel_physical + kernel.length);
+    let root_physical = align(program_physical + program_extent.length);
     let piece = |physical, extent: Extent| Piece {
         physical,
         length: extent.length,
@@ -264,22 +274,23 @@ pub fn write(
     let directory_bytes = Directory {
         magic: DIRECTORY_MAGIC,
         kernel: piece(kernel_physical, kernel),
-        manifest: piece(manifest_physical, manifest_extent),
+        program: piece(program_physical, program_extent),
         root: piece(root_physical, root),
     }
     .to_bytes();
 
     // Section headers, at the end.
     let sections = [
-        (SECTION_DIRECTORY, directory, DIRECTORY_PHYSICAL),
-        (SECTION_SHIM, shim_extent, SHIM_PHYSICAL),
-        (SECTION_KERNEL, kernel, kernel_physical),
-        (SECTION_MANIFEST, manifest_extent, manifest_physical),
-        (SECTION_ROOT, root, root_physical),
+        (SECTION_DIRECTORY, directory),
+        (SECTION_SHIM, shim_extent),
+        (SECTION_KERNEL, kernel),
+        (SECTION_PROGRAM, program_extent),
+        (SECTION_MANIFEST, manifest_extent),
+        (SECTION_ROOT, root),
     ];
     let mut names = vec![0];
     let mut headers = vec![0; SECTION_HEADER_SIZE as usize];
-    for (name, extent, _) in sections {
+    for (name, extent) in sections {
         word32(&mut headers, names.len() as u32);
         names.extend_from_slice(name.as_bytes());
         names.push(0);
@@ -362,13 +373,17 @@ pub fn write(
             &mut start, load, *flags, offset, *physical, *length, *memory,
         );
     }
-    for (_, extent, physical) in &sections[2..] {
+    for (extent, physical) in [
+        (kernel, kernel_physical),
+        (program_extent, program_physical),
+        (root, root_physical),
+    ] {
         program_header(
             &mut start,
             load,
             read,
             extent.offset,
-            *physical,
+            physical,
             extent.length,
             align(extent.length),
         );
@@ -397,6 +412,7 @@ pub struct Image {
     length: u64,
     shim: Extent,
     kernel: Extent,
+    program: Extent,
     manifest_extent: Extent,
     root: Extent,
     manifest: Manifest,
@@ -441,6 +457,7 @@ impl Image {
             length,
             shim: pieces.shim,
             kernel: pieces.kernel,
+            program: pieces.program,
             manifest_extent: pieces.manifest_extent,
             root: pieces.root,
             manifest: pieces.manifest,
@@ -458,7 +475,9 @@ impl Image {
         };
         file.read_exact_at(&mut start, 0).is_ok()
             && start.starts_with(b"\x7fELF")
-            && start.ends_with(&DIRECTORY_MAGIC.to_le_bytes())
+            && start
+                .get(PAGE_SIZE..)
+                .is_some_and(|magic| magic.starts_with(DIRECTORY_NAME))
     }
 
     /// Where it was opened.
@@ -489,6 +508,12 @@ impl Image {
     #[must_use]
     pub fn kernel(&self) -> Extent {
         self.kernel
+    }
+
+    /// What the kernel reads of the manifest.
+    #[must_use]
+    pub fn program_extent(&self) -> Extent {
+        self.program
     }
 
     /// The manifest as JSON.
@@ -542,6 +567,7 @@ pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
 struct Pieces {
     shim: Extent,
     kernel: Extent,
+    program: Extent,
     manifest_extent: Extent,
     root: Extent,
     manifest: Manifest,
@@ -667,8 +693,10 @@ impl Reader<'_> {
             Ok(*extent)
         };
         let directory_extent = find(SECTION_DIRECTORY, Directory::SIZE as u64)?;
+        self.check_version(directory_extent)?;
         let shim = find(SECTION_SHIM, MAX_GUEST)?;
         let kernel = find(SECTION_KERNEL, MAX_GUEST)?;
+        let program = find(SECTION_PROGRAM, MAX_MANIFEST)?;
         let manifest_extent = find(SECTION_MANIFEST, MAX_MANIFEST)?;
         let root = find(SECTION_ROOT, MAX_ROOT)?;
         let headers = Extent {
@@ -680,6 +708,7 @@ impl Reader<'_> {
             directory_extent,
             shim,
             kernel,
+            program,
             manifest_extent,
             root,
         ];
@@ -691,7 +720,7 @@ impl Reader<'_> {
                 return Err("has overlapping pieces".into());
             }
         }
-        self.check_directory(&header, directory_extent, [kernel, manifest_extent, root])?;
+        self.check_directory(&header, directory_extent, [kernel, program, root])?;
         for (extent, what) in [(kernel, "kernel"), (shim, "VM shim")] {
             let start = self.read(
                 Extent {
@@ -713,13 +742,30 @@ impl Reader<'_> {
         }
         let manifest = self.read(manifest_extent, "the manifest")?;
         let manifest = parse_manifest(&manifest)?;
+        // People see the one, the kernel the other.
+        if Program::from_bytes(&self.read(program, "the program")?) != Ok(manifest.program()) {
+            return Err("has a program that is not the manifest's".into());
+        }
         Ok(Pieces {
             shim,
             kernel,
+            program,
             manifest_extent,
             root,
             manifest,
         })
+    }
+
+    /// The layout must be the one that this code knows.
+    fn check_version(&self, directory: Extent) -> Result<(), String> {
+        let bytes = self.read(directory, "the directory")?;
+        match bytes.first_chunk() {
+            Some(magic) if *magic == DIRECTORY_MAGIC.to_le_bytes() => Ok(()),
+            Some(magic) if magic.starts_with(DIRECTORY_NAME) => Err(
+                "was built by another version of Kiln, with another layout".into(),
+            ),
+            _ => Err("has a damaged directory".into()),
+        }
     }
 
     /// Directory, program headers and sections must tell the same story, or engines would see different images.
@@ -731,9 +777,6 @@ impl Reader<'_> {
     ) -> Result<(), String> {
         let damaged = || "has a damaged directory".to_string();
         let bytes = self.read(extent, "the directory")?;
-        if get64(&bytes, 0) != Some(DIRECTORY_MAGIC) {
-            return Err(damaged());
-        }
         let offset = get64(header, 32).ok_or_else(damaged)?;
         let count = u64::from(get16(header, 56).ok_or_else(damaged)?);
         if get16(header, 54) != Some(PROGRAM_HEADER_SIZE as u16) || count > MAX_HEADERS {

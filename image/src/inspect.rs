@@ -25,6 +25,8 @@ pub struct Pieces {
     pub vm_shim: Extent,
     /// The kernel's ELF file.
     pub kernel: Extent,
+    /// What the kernel reads of the manifest.
+    pub program: Extent,
     /// The manifest (JSON).
     pub manifest: Extent,
     /// The root file system (EROFS): mount it with `mount -o loop,offset=OFFSET,sizelimit=LENGTH`.
@@ -43,6 +45,7 @@ pub fn inspect(image: &Image) -> Result<Inspection> {
         pieces: Pieces {
             vm_shim: image.shim(),
             kernel: image.kernel(),
+            program: image.program_extent(),
             manifest: image.manifest_extent(),
             root: image.root(),
         },

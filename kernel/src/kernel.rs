@@ -3,9 +3,7 @@
 use alloc::{string::String, sync::Arc};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use kiln_abi::{
-    configuration::RunConfiguration, host::Engine, link::ToMonitor, manifest::Manifest,
-};
+use kiln_abi::{configuration::RunConfiguration, host::Engine, link::ToMonitor};
 use spin::Once;
 
 use crate::{
@@ -41,8 +39,6 @@ pub struct Kernel {
     pub timers: Timers,
     /// Who hears of which event.
     pub events: Arc<Events>,
-    /// What the image says.
-    pub manifest: Manifest,
     /// What this run says.
     pub configuration: RunConfiguration,
     /// The image's root.
@@ -72,8 +68,6 @@ pub struct KernelParts {
     pub engine: Engine,
     /// The CPU.
     pub cpu: Cpu,
-    /// What the image says.
-    pub manifest: Manifest,
     /// What this run says.
     pub configuration: RunConfiguration,
     /// The image's root.
@@ -95,7 +89,6 @@ impl Kernel {
             clock,
             timers: Timers::default(),
             events: Arc::new(Events::new()),
-            manifest: parts.manifest,
             configuration: parts.configuration,
             root_image: parts.root_image,
             memory_limit: parts.memory_limit,

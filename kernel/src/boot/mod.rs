@@ -18,7 +18,7 @@ use kiln_abi::{
     configuration::RunConfiguration,
     host::{BootInformation, Engine, MemoryRange, exit_code},
     link::{ToKernel, ToMonitor},
-    manifest::Manifest,
+    manifest::Program,
 };
 
 use crate::{
@@ -65,13 +65,14 @@ fn bytes(range: MemoryRange) -> &'static [u8] {
 }
 
 fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, String> {
-    let manifest: Manifest = serde_json::from_slice(bytes(boot.manifest)).map_err(|error| {
+    let program = Program::from_bytes(bytes(boot.program)).map_err(|error| {
         format!("the image's manifest is damaged ({error}); build the image again")
     })?;
     let configuration: RunConfiguration = match bytes(boot.configuration) {
         [] => RunConfiguration::default(),
-        text => serde_json::from_slice(text)
-            .map_err(|error| format!("the run's configuration cannot be read: {error}"))?,
+        bytes => RunConfiguration::from_bytes(bytes).map_err(|error| {
+            format!("the run's configuration cannot be read ({error}); build the image again with this version of Kiln")
+        })?,
     };
     trace::start(host, configuration.log.as_deref());
     let cpu = Cpu::start(&host, boot)
@@ -85,7 +86,6 @@ fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, 
         host,
         engine,
         cpu,
-        manifest,
         configuration,
         root_image: RootImage {
             bytes: bytes(boot.root),
@@ -110,7 +110,7 @@ fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, 
             device,
         )
     });
-    start_program(&kernel)?;
+    start_program(&kernel, &program)?;
     if let Some(link) = &link {
         link.set_receiver(Arc::new(Messages(Arc::clone(&kernel))));
         link.send(&ToMonitor::Started {
@@ -189,9 +189,9 @@ pub fn find_file(kernel: &Kernel, path: &str) -> Result<Arc<dyn Inode>> {
     Ok(Arc::clone(walk.inode()))
 }
 
-fn start_program(kernel: &Arc<Kernel>) -> Result<(), String> {
-    let (manifest, run) = (&kernel.manifest, &kernel.configuration);
-    let path = manifest.program.as_str();
+fn start_program(kernel: &Arc<Kernel>, manifest: &Program) -> Result<(), String> {
+    let run = &kernel.configuration;
+    let path = manifest.path.as_str();
     let mut arguments = alloc::vec![path.to_string()];
     arguments.extend(
         run.arguments
@@ -200,11 +200,13 @@ fn start_program(kernel: &Arc<Kernel>) -> Result<(), String> {
             .iter()
             .cloned(),
     );
-    let mut environment = manifest.environment.clone();
-    environment.extend(run.environment.clone());
-    let environment: Vec<String> = environment
-        .iter()
-        .map(|(name, value)| format!("{name}={value}"))
+    let kept = manifest.environment.iter();
+    let kept = kept
+        .filter(|(name, _)| !run.environment.contains_key(name))
+        .map(|(name, value)| (name, value));
+    let environment: Vec<String> = kept
+        .chain(&run.environment)
+        .map(|(name, value)| [name, "=", value].concat())
         .collect();
     let user = run.user.unwrap_or(manifest.user);
     let credentials = Credentials::new(user.uid, user.gid);

@@ -148,7 +148,7 @@ extern "C" fn start(stack: *const usize) -> ! {
     };
     let piece = |extent, name| map_piece(descriptor::IMAGE, image_length, extent, name);
     let kernel_file = piece(parameters.kernel, "kernel");
-    let manifest = piece(parameters.manifest, "manifest");
+    let manifest = piece(parameters.program, "program");
     let root = piece(parameters.root, "root file system");
     let configuration = part(parameter_file, parameters.configuration, "configuration");
     let filter = part(parameter_file, parameters.filter, "seccomp filter");
@@ -177,7 +177,7 @@ extern "C" fn start(stack: *const usize) -> ! {
         kernel,
         kernel_text: state::KERNEL_TEXT.get(),
         kernel_file,
-        manifest,
+        program: manifest,
         configuration,
         root,
         memory_limit: parameters.memory_limit,

@@ -79,7 +79,7 @@ fn programs() -> &'static Programs {
         let root: Vec<u8> = (0..20_000u32).map(|index| (index % 251) as u8).collect();
         let pieces = Pieces {
             kernel: add(&kernel),
-            manifest: add(b"{}"),
+            program: add(b"{}"),
             root: add(&root),
         };
         // Another process of these tests may do the same now.

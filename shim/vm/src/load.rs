@@ -35,8 +35,8 @@ const VIRTIO_KIND: u64 = 8;
 pub struct Pieces {
     /// The kernel's ELF file.
     pub kernel: Piece,
-    /// The manifest.
-    pub manifest: Piece,
+    /// What the manifest says to the kernel.
+    pub program: Piece,
     /// The root file system.
     pub root: Piece,
     /// The configuration; empty if there is none.
@@ -230,7 +230,7 @@ fn describe(
 ) -> Result<(BootInformation, usize, usize), Exhausted> {
     let sizes = [
         pieces.kernel,
-        pieces.manifest,
+        pieces.program,
         pieces.root,
         pieces.configuration,
     ]
@@ -274,7 +274,7 @@ fn describe(
         }
     };
     let kernel_file = places.fixed(pieces.kernel, Protection::READ, 0)?;
-    let manifest = places.fixed(pieces.manifest, Protection::READ, 0)?;
+    let program = places.fixed(pieces.program, Protection::READ, 0)?;
     let configuration = places.fixed(pieces.configuration, Protection::READ, 0)?;
     let mut devices = [MmioDevice::default(); MAX_DEVICES];
     let count = map_devices(&mut places, &mut devices, arguments, is_memory)?;
@@ -286,7 +286,7 @@ fn describe(
         kernel: MemoryRange::default(),
         kernel_text: MemoryRange::default(),
         kernel_file,
-        manifest,
+        program,
         configuration,
         root,
         memory_limit: 0,

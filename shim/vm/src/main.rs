@@ -111,7 +111,7 @@ extern "C" fn start(start_info: u32) -> ! {
     free.remove(DIRECTORY_PHYSICAL, tables::shim_end_physical());
     for piece in [
         pieces.kernel,
-        pieces.manifest,
+        pieces.program,
         pieces.root,
         pieces.configuration,
     ] {
@@ -158,8 +158,8 @@ fn find_pieces(physical: Physical, info: &StartInfo) -> Pieces {
         magic,
         kernel,
         kernel_length,
-        manifest,
-        manifest_length,
+        program,
+        program_length,
         root,
         root_length,
     ] = words
@@ -173,7 +173,7 @@ fn find_pieces(physical: Physical, info: &StartInfo) -> Pieces {
     };
     let pieces = Pieces {
         kernel: piece(kernel, kernel_length),
-        manifest: piece(manifest, manifest_length),
+        program: piece(program, program_length),
         root: piece(root, root_length),
         configuration: Piece {
             physical: info.module.0,
@@ -187,7 +187,7 @@ fn find_pieces(physical: Physical, info: &StartInfo) -> Pieces {
     }
     for (name, piece) in [
         ("kernel", pieces.kernel),
-        ("manifest", pieces.manifest),
+        ("program", pieces.program),
         ("root", pieces.root),
     ] {
         if piece.physical % FRAME != 0 || !load::is_within(physical, piece) {

@@ -52,8 +52,8 @@ fn u64_at(bytes: &[u8], offset: usize) -> u64 {
     u64::from_le_bytes(bytes[offset..offset + 8].try_into().expect("eight bytes"))
 }
 
-/// Packs shim, kernel, manifest and root as `abi/src/image.rs` describes it.
-fn pack(shim: &[u8], kernel: &[u8], manifest: &[u8], root: &[u8]) -> Vec<u8> {
+/// Packs shim, kernel, program and root as `abi/src/image.rs` describes it.
+fn pack(shim: &[u8], kernel: &[u8], program: &[u8], root: &[u8]) -> Vec<u8> {
     // Kind, physical address, bytes, length in memory.
     let mut segments: Vec<(u32, u64, Vec<u8>, u64)> = Vec::new();
     let mut end = 0;
@@ -89,7 +89,7 @@ fn pack(shim: &[u8], kernel: &[u8], manifest: &[u8], root: &[u8]) -> Vec<u8> {
     let directory = Directory {
         magic: DIRECTORY_MAGIC,
         kernel: place(kernel),
-        manifest: place(manifest),
+        program: place(program),
         root: place(root),
     };
     segments.push((
@@ -137,7 +137,7 @@ fn image() -> &'static Path {
             std::fs::read(build("kiln-shim-vm-test-kernel", "test-kernel")).expect("built");
         let root: Vec<u8> = (0..5000).map(|index| (index / 7) as u8).collect();
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("test.kiln");
-        std::fs::write(&path, pack(&shim, &kernel, b"a manifest", &root)).expect("written");
+        std::fs::write(&path, pack(&shim, &kernel, b"a program", &root)).expect("written");
         path
     })
 }
