@@ -50,6 +50,8 @@ pub enum Request {
     Suspend,
     /// Go on.
     Resume,
+    /// Give duplicates of the sockets that were held for published ports: [`Message::Held`] with descriptors, before the answer.
+    Held,
     /// A connection that was accepted elsewhere, for a port of the program. Its descriptor comes with the line's first byte.
     Connection {
         /// The program's TCP port.
@@ -69,6 +71,11 @@ pub enum Message {
         error: Option<String>,
         /// To [`Request::Activity`] and [`Request::Pause`]: how busy the instance is.
         activity: Option<Activity>,
+    },
+    /// Sockets that are held for published ports. Their descriptors come with the line's first byte, in this order.
+    Held {
+        /// The ports' places in the configuration.
+        ports: Vec<usize>,
     },
     /// Something has happened.
     Event {
@@ -273,6 +280,17 @@ impl Session {
         }
     }
 
+    /// Says which sockets are held, and sends them. Refused when earlier words are still unsent.
+    ///
+    /// # Errors
+    /// Those of `sendmsg(2)`.
+    pub fn say_held(&mut self, ports: Vec<usize>, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
+        if self.flush() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        send_line(&self.stream, &Message::Held { ports }, sockets)
+    }
+
     /// Sends what can be sent. True when there is more.
     pub fn flush(&mut self) -> bool {
         while !self.unsent.is_empty() {
@@ -410,7 +428,7 @@ impl Client {
                 what,
                 "look at 'kiln ps' and 'kiln logs'",
             )),
-            Ok(Message::Event { .. }) => Err(Error::Protocol("an event unasked for".to_owned())),
+            Ok(Message::Event { .. } | Message::Held { .. }) => Err(Error::Protocol("an event unasked for".to_owned())),
             Err(error) => Err(Error::Protocol(error.to_string())),
         }
     }

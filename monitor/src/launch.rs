@@ -133,7 +133,7 @@ impl Launched {
                     }
                     _ => {}
                 },
-                Ok(Message::Answer { .. }) => {}
+                Ok(Message::Answer { .. } | Message::Held { .. }) => {}
                 Err(_) => {
                     let status = self
                         .child

@@ -274,6 +274,8 @@ struct Monitor<'a> {
     /// Sessions that wait to be told how busy the kernel is, and until when.
     asking: Vec<u64>,
     asking_deadline: Option<Instant>,
+    /// Sockets that are held for published ports of `--net direct`.
+    held: Vec<(usize, OwnedFd)>,
     /// Rung by the network when somebody wants a suspended instance.
     news: Arc<OwnedFd>,
     /// A session has asked to accept nothing.
@@ -306,6 +308,7 @@ impl<'a> Monitor<'a> {
         let news = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(Error::io("make the event loop"))?;
         let news = Arc::new(news);
+        let mut held = Vec::new();
         let (network, sockets) = match &configuration.network {
             NetworkMode::None => (Network::None, None),
             NetworkMode::Socket => {
@@ -329,8 +332,14 @@ impl<'a> Monitor<'a> {
                 plan.wake = Some(Arc::new(move || {
                     let _ = rustix::io::write(&*bell, &1u64.to_ne_bytes());
                 }));
-                let held = std::mem::take(&mut setting.held);
-                let started = direct::start(&plan, ours, &mut ports, held)?;
+                let sockets = std::mem::take(&mut setting.held);
+                for (place, socket) in &sockets {
+                    let socket = socket
+                        .try_clone()
+                        .map_err(Error::io("hold a published port"))?;
+                    held.push((*place, socket));
+                }
+                let started = direct::start(&plan, ours, &mut ports, sockets)?;
                 // The guest is told all: asking for it would only cost time.
                 let network = Network::Static(started.static_network().clone());
                 frames = Some(OwnedFd::from(theirs));
@@ -439,6 +448,7 @@ impl<'a> Monitor<'a> {
             history: Vec::new(),
             asking: Vec::new(),
             asking_deadline: None,
+            held,
             news,
             paused: false,
             suspended: false,
@@ -1082,6 +1092,22 @@ impl<'a> Monitor<'a> {
             }
             Request::Suspend => self.suspend()?,
             Request::Resume => self.resume()?,
+            Request::Held => {
+                let held = match &self.sockets {
+                    Some(sockets) => sockets.held(),
+                    None => self
+                        .held
+                        .iter()
+                        .map(|(place, socket)| (*place, socket.as_fd()))
+                        .collect(),
+                };
+                let (ports, sockets): (Vec<_>, Vec<_>) = held.into_iter().unzip();
+                if let Some(session) = self.sessions.get_mut(&number) {
+                    session
+                        .say_held(ports, &sockets)
+                        .map_err(Error::io("hand out the held sockets"))?;
+                }
+            }
             Request::Connection { guest, peer } => {
                 let connection = self
                     .sessions

@@ -336,6 +336,19 @@ impl SocketServer {
         self.deliver_arrivals(sender)
     }
 
+    /// The held sockets with the places of their ports.
+    #[must_use]
+    pub fn held(&self) -> Vec<(usize, BorrowedFd<'_>)> {
+        self.listeners
+            .iter()
+            .enumerate()
+            .filter(|(_, listener)| listener.held)
+            .flat_map(|(place, listener)| {
+                listener.sockets.iter().map(move |socket| (place, socket.as_fd()))
+            })
+            .collect()
+    }
+
     /// How many adopted connections wait.
     #[must_use]
     pub fn arrivals(&self) -> usize {

@@ -170,8 +170,10 @@ pub enum Answer {
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 /// Longest pause after failed starts.
 const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
-/// An instance that crashes sooner after its readiness counts as a failed start.
+/// An instance that crashes sooner after its readiness counts as a failed start, if that happens time and again.
 const YOUNG: Duration = Duration::from_secs(5);
+/// How often it has to happen.
+const CRASHES: u32 = 3;
 /// Traffic is looked for so many times in the time after which a unit ends.
 const SAMPLES: u32 = 8;
 /// How soon it is looked again whether a removed or replaced unit still has connections.
@@ -190,6 +192,8 @@ pub struct Machine {
     ready_since: Moment,
     /// Failed starts in a row.
     failures: u32,
+    /// Ends soon after readiness, in a row.
+    crashes: u32,
     /// Start again after the end that is under way.
     again: bool,
     /// Queries wait.
@@ -215,6 +219,7 @@ impl Machine {
             sample: (now, 0, 0),
             ready_since: now,
             failures: 0,
+            crashes: 0,
             again: false,
             waiting: false,
             removed: false,
@@ -356,6 +361,10 @@ impl Machine {
             self.release(false, actions);
             return;
         }
+        if !failed && now.saturating_sub(self.ready_since) >= YOUNG {
+            self.failures = 0;
+            self.crashes = 0;
+        }
         if failed {
             let pause = FIRST_BACKOFF
                 .saturating_mul(1 << self.failures.min(10))
@@ -401,7 +410,6 @@ impl Machine {
             Event::Ready => {
                 if matches!(self.state, State::Starting { .. }) {
                     self.state = State::Ready { asked: None };
-                    self.failures = 0;
                     self.ready_since = now;
                     self.sample = (now, 0, 0);
                     self.release(true, &mut actions);
@@ -534,7 +542,10 @@ impl Machine {
             State::Starting { .. } => self.rest(now, true, actions),
             State::Ready { .. } => {
                 let young = now.saturating_sub(self.ready_since) < YOUNG;
-                self.rest(now, young && (crashed || self.settings.keep), actions);
+                if young && (crashed || self.settings.keep) {
+                    self.crashes += 1;
+                }
+                self.rest(now, young && self.crashes >= CRASHES, actions);
             }
             State::Suspending | State::Suspended | State::Stopping => {
                 self.rest(now, false, actions);
