@@ -5,6 +5,8 @@
 //! * [`address`]: the pool from which each unit has its own address.
 //! * [`dns`]: the name server in front.
 //! * [`store`]: what survives the summoner's own end.
+//! * [`timeline`]: what happened when in one summons.
+//! * [`metrics`]: counters and times for Prometheus.
 //!
 //! Not here: running an instance (`kiln-monitor`) and building its image (`kiln-image`).
 #![forbid(unsafe_code)]
@@ -12,3 +14,6 @@
 pub mod address;
 pub mod configuration;
 pub mod dns;
+pub mod metrics;
+pub mod store;
+pub mod timeline;
