@@ -1214,7 +1214,7 @@ impl Gateway {
                 };
                 if ready.contains(Readiness::CONNECTED) {
                     splice.stage = Stage::Open;
-                    port.knocking -= 1;
+                    port.knocking = port.knocking.saturating_sub(1);
                     port.open = true;
                     port.asked = None;
                     port.delay = None;
@@ -1253,7 +1253,7 @@ impl Gateway {
         let Some(port) = self.ports.get_mut(splice.port.unwrap_or(0) as usize) else {
             return;
         };
-        port.knocking -= 1;
+        port.knocking = port.knocking.saturating_sub(1);
         port.asked = None;
         if port.open {
             return;
@@ -1443,5 +1443,47 @@ fn refusal(error: &io::Error) -> Error {
         ErrorKind::NetworkUnreachable => Error::NetworkUnreachable,
         // Out of descriptors: the guest may try again later.
         _ => Error::HostUnreachable,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_stands_still_while_the_guest_is_suspended() {
+        let mut configuration = NetworkConfiguration::new([2, 0, 0, 0, 0, 9]);
+        configuration.wake = Some(Arc::new(|| {}));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (commands, receiver) = channel();
+        let bell = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
+        let owner = Owner {
+            commands: receiver,
+            bell: Arc::new(bell),
+            counters: Arc::default(),
+        };
+        let end = FrameEnd::Stream(theirs);
+        let mut gateway = Gateway::new(configuration, Vec::new(), end, owner).unwrap();
+        let obey = |gateway: &mut Gateway, command| {
+            commands.send(command).unwrap();
+            gateway.rung = true;
+            assert!(gateway.obey(&mut false));
+        };
+        let (answer, answered) = sync_channel(1);
+        obey(&mut gateway, Command::Suspend(answer));
+        assert!(gateway.read_frames());
+        gateway.serve();
+        gateway.answer();
+        assert!(answered.recv().unwrap());
+        let then = gateway.now();
+        assert_eq!(gateway.now(), then);
+        // As if an hour had passed since.
+        let hour = Duration::from_secs(3600);
+        gateway.started -= hour;
+        gateway.suspended.as_mut().unwrap().since -= hour;
+        assert_eq!(gateway.now(), then);
+        obey(&mut gateway, Command::Resume);
+        assert!(gateway.now() >= then && gateway.now() < then + hour / 2);
+        drop(ours);
     }
 }

@@ -10,7 +10,11 @@
 //! What always holds:
 //! - The guest's connection is accepted only when the host's has been made, and refused when that was refused.
 //! - A published port listens on the host before [`UserNetwork::start`] returns, and a client waits until the guest
-//!   listens too.
+//!   listens too. A guest whose kernel tells where it listens ([`NetworkConfiguration::listens_told`]) is asked then, at
+//!   once; the client waits in the host's backlog, and a datagram in the host's socket, until then. Any other is asked
+//!   again and again, for the first client of a port: after 2 ms at first, at last every 50 ms, for two minutes.
+//! - Sockets that were handed over are never shut down, only closed: what was not taken from them waits for whoever is
+//!   next.
 //! - The network's thread sleeps while there is nothing to do; while the guest is suspended it does nothing at all but see
 //!   who wants it.
 //! - Data, half closes and resets pass both ways; a slow end slows down the other, and no buffer grows without bound.

@@ -710,24 +710,14 @@ fn suspend(guest: &mut Guest, network: &UserNetwork) {
     }
 }
 
-/// Time on a CPU that a thread of this process has used, and how often it has waited.
-fn thread_use(name: &str) -> Vec<(String, u64, u64)> {
-    let mut found = Vec::new();
-    for task in std::fs::read_dir("/proc/self/task").unwrap().flatten() {
-        let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
-        if read("comm").trim() != name {
-            continue;
-        }
-        let used = read("schedstat");
-        let used = used.split(' ').next().and_then(|text| text.parse().ok());
-        let waits = read("status")
-            .lines()
-            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
-            .and_then(|text| text.trim().parse().ok());
-        let id = task.file_name().to_string_lossy().into_owned();
-        found.push((id, used.unwrap_or(0), waits.unwrap_or(0)));
-    }
-    found
+/// How often a thread (`/proc/<pid>/task/<tid>`) has waited.
+fn waits(thread: &std::path::Path) -> u64 {
+    std::fs::read_to_string(thread.join("status"))
+        .unwrap()
+        .lines()
+        .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap()
 }
 
 #[test]
@@ -1196,9 +1186,13 @@ fn nothing_is_suspended_while_something_is_under_way() {
 }
 
 #[test]
-fn an_idle_and_a_suspended_network_use_no_cpu() {
-    let (wake, _woken) = wake();
-    let before = thread_use("kiln-network");
+fn a_suspended_network_uses_no_cpu() {
+    let (sender, woken) = std::sync::mpsc::channel();
+    // The thread that wakes is the one that is to sleep.
+    let wake: Wake = Arc::new(move || {
+        let thread = std::fs::read_link("/proc/thread-self").unwrap();
+        let _ = sender.send(std::path::Path::new("/proc").join(thread));
+    });
     let (mut guest, network) = start(|configuration| {
         configuration.publish = vec![publish(80, Protocol::Tcp)];
         configuration.wake = Some(Arc::clone(&wake));
@@ -1207,21 +1201,29 @@ fn an_idle_and_a_suspended_network_use_no_cpu() {
     let mut client = TcpStream::connect(network.published()[0].0).unwrap();
     client.set_nonblocking(true).unwrap();
     let server = guest.until(|stack| stack.tcp_accept(listener).ok());
-    ask(&mut guest, server, &mut client, b"hello");
     suspend(&mut guest, &network);
-    // Other tests have such threads too; this one's is among those that are new.
-    let own: Vec<_> = thread_use("kiln-network")
-        .into_iter()
-        .filter(|(id, ..)| before.iter().all(|(other, ..)| other != id))
-        .collect();
-    thread::sleep(Duration::from_millis(1500));
-    let after = thread_use("kiln-network");
-    let slept = own.iter().any(|(id, used, waits)| {
-        after.iter().any(|(other, used_after, waits_after)| {
-            other == id && used == used_after && waits == waits_after
-        })
+    client.write_all(b"who are you?").unwrap();
+    let thread = woken.recv_timeout(LIMIT).unwrap();
+    network.resume();
+    let mut got = 0;
+    guest.until(|stack| {
+        echo_once(stack, server);
+        got += client.read(&mut [0; 20]).unwrap_or(0);
+        (got == 12).then_some(())
     });
-    assert!(slept, "before {own:?}, after {after:?}");
+    suspend(&mut guest, &network);
+    // It has answered and goes to sleep.
+    let end = Instant::now() + LIMIT;
+    let mut before = waits(&thread);
+    let mut since = Instant::now();
+    while since.elapsed() < Duration::from_millis(1500) {
+        assert!(Instant::now() < end, "it wakes again and again");
+        thread::sleep(Duration::from_millis(50));
+        let now = waits(&thread);
+        if now > before + 1 {
+            (before, since) = (now, Instant::now());
+        }
+    }
     network.resume();
     ask(&mut guest, server, &mut client, b"again");
 }
