@@ -44,6 +44,47 @@ struct Listener {
     item: String,
 }
 
+/// Who listens at all addresses of a family, by port.
+struct Everywhere<'l> {
+    v4: HashMap<(u16, Protocol), &'l Listener>,
+    v6: HashMap<(u16, Protocol), &'l Listener>,
+}
+
+impl<'l> Everywhere<'l> {
+    fn of(listeners: &'l [Listener]) -> Self {
+        let (mut v4, mut v6) = (HashMap::new(), HashMap::new());
+        for listener in listeners.iter().filter(|one| one.address.is_unspecified()) {
+            let family = if listener.address.is_ipv4() {
+                &mut v4
+            } else {
+                &mut v6
+            };
+            family
+                .entry((listener.port, listener.protocol))
+                .or_insert(listener);
+        }
+        Self { v4, v6 }
+    }
+
+    /// Who keeps others from a port of an address (none: of any). A socket for all IPv6 addresses may take IPv4 as well, but
+    /// not that of all IPv4 addresses, which stands beside it.
+    fn taker(
+        &self,
+        address: Option<IpAddr>,
+        port: u16,
+        protocol: Protocol,
+    ) -> Option<&'l Listener> {
+        let key = (port, protocol);
+        let v4 = self
+            .v4
+            .get(&key)
+            .filter(|_| address.is_none_or(|address| address.is_ipv4()));
+        let whole_v4 = address.is_some_and(|address| address.is_ipv4() && address.is_unspecified());
+        let v6 = self.v6.get(&key).filter(|_| !whole_v4);
+        v4.or(v6).copied()
+    }
+}
+
 impl Check<'_, '_, '_> {
     /// Runs all checks.
     pub fn run(&mut self) {
@@ -334,19 +375,11 @@ impl Check<'_, '_, '_> {
 
     fn conflicts(&mut self, listeners: &[Listener]) {
         let mut at: HashMap<(IpAddr, u16, Protocol), &Listener> = HashMap::new();
-        let mut everywhere: HashMap<(u16, Protocol), &Listener> = HashMap::new();
-        for listener in listeners.iter().filter(|one| one.address.is_unspecified()) {
-            everywhere
-                .entry((listener.port, listener.protocol))
-                .or_insert(listener);
-        }
+        let everywhere = Everywhere::of(listeners);
         for listener in listeners {
             let whole = everywhere
-                .get(&(listener.port, listener.protocol))
-                .copied()
-                .filter(|whole| {
-                    whole.item != listener.item && covers(whole.address, listener.address)
-                });
+                .taker(Some(listener.address), listener.port, listener.protocol)
+                .filter(|whole| whole.item != listener.item);
             let other = at
                 .insert(
                     (listener.address, listener.port, listener.protocol),
@@ -354,50 +387,35 @@ impl Check<'_, '_, '_> {
                 )
                 .or(whole);
             // The name server's two transports are one line of the file, told once.
-            if let Some(other) = other
-                .filter(|other| other.item != listener.item || other.protocol == listener.protocol)
-            {
-                if listener.key == "listen" && listener.protocol == Protocol::Tcp {
-                    continue;
-                }
+            let told = listener.key == "listen" && listener.protocol == Protocol::Tcp;
+            if let Some(other) = other.filter(|_| !told) {
                 let reason = format!(
                     "{} is taken by {} already",
                     describe(other.address, listener.port, listener.protocol),
                     other.owner
                 );
-                self.tell_item(
-                    &listener.key,
-                    &listener.item,
-                    Fault::new(
-                        reason,
-                        "choose another port or address; several units share a port behind a front",
-                    ),
-                );
+                let remedy =
+                    "choose another port or address; several units share a port behind a front";
+                self.tell_item(&listener.key, &listener.item, Fault::new(reason, remedy));
             }
         }
         // Units from the pool have addresses of their own, but not where somebody listens everywhere.
         let configuration = self.configuration;
-        for unit in configuration
-            .units
-            .values()
-            .filter(|unit| configuration.needs_lease(unit))
-        {
+        for unit in configuration.units.values() {
+            if !configuration.needs_lease(unit) {
+                continue;
+            }
             for (index, port) in unit.ports.iter().enumerate() {
-                if let Some(whole) = everywhere.get(&(port.host, port.protocol)) {
+                if let Some(whole) = everywhere.taker(None, port.host, port.protocol) {
                     let key = format!("unit.{}.ports", unit.name);
-                    self.tell_item(
-                        &key,
-                        &format!("{key}.{index}"),
-                        Fault::new(
-                            format!(
-                                "port {}/{} of all addresses is taken by {}",
-                                port.host,
-                                protocol_name(port.protocol),
-                                whole.owner
-                            ),
-                            format!("let {} listen on one address", whole.owner),
-                        ),
+                    let reason = format!(
+                        "port {}/{} of all addresses is taken by {}",
+                        port.host,
+                        protocol_name(port.protocol),
+                        whole.owner
                     );
+                    let remedy = format!("let {} listen on one address", whole.owner);
+                    self.tell_item(&key, &format!("{key}.{index}"), Fault::new(reason, remedy));
                 }
             }
         }
@@ -653,11 +671,6 @@ impl Check<'_, '_, '_> {
             }
         }
     }
-}
-
-/// Whether a socket at all addresses keeps others from one of them. One for all IPv6 addresses may take IPv4 as well.
-fn covers(whole: IpAddr, address: IpAddr) -> bool {
-    whole.is_ipv6() || address.is_ipv4()
 }
 
 fn describe(address: IpAddr, port: u16, protocol: Protocol) -> String {

@@ -388,6 +388,19 @@ fn units_must_not_get_in_each_others_way() {
     assert_eq!(problems(&server).len(), 2);
     let everywhere = format!("metrics = \"0.0.0.0:80\"\n{}", unit(""));
     assert!(problem(&everywhere).contains("port 80/tcp of all addresses is taken by the metrics"));
+    let six = format!("metrics = \"[::]:80\"\n{}", unit("address = \"127.0.0.5\""));
+    assert!(
+        problem(&six).contains("[::]:80/tcp is taken by the metrics"),
+        "{}",
+        problem(&six)
+    );
+    parsed("listen = [\"0.0.0.0\", \"::\"]\nforward = \"none\"").unwrap();
+    let both = "listen = [\"127.0.0.1\", \"0.0.0.0\"]";
+    assert!(
+        problem(both).starts_with("summon.toml:1:11: `listen`: 0.0.0.0:53/udp"),
+        "{}",
+        problem(both)
+    );
     let twice = "listen = [\"127.0.0.1\", \"127.0.0.1:53\"]\nmetrics = \"127.0.0.1:53\"\n";
     assert!(
         problem(twice).starts_with("summon.toml:2:11: `metrics`"),
