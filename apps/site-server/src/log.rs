@@ -9,26 +9,57 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use hyper::{Request, StatusCode};
+use hyper::{Method, Request, StatusCode, Uri, Version};
 
-/// Writes the line for one request. A log that nobody reads any more must not end the service, so errors
-/// are passed over.
-pub fn request<B>(client: IpAddr, request: &Request<B>, status: StatusCode, length: u64) {
-    let target = request
-        .uri()
+/// What the line for one request says. Made when the request is answered, written when the response is on its way, so
+/// that no client waits for the log.
+#[derive(Debug)]
+pub struct Entry {
+    client: IpAddr,
+    method: Method,
+    uri: Uri,
+    version: Version,
+    status: StatusCode,
+    length: u64,
+}
+
+impl Entry {
+    /// For a request and what it is answered with; `length` is the body's.
+    #[must_use]
+    pub fn new<B>(client: IpAddr, request: &Request<B>, status: StatusCode, length: u64) -> Self {
+        Self {
+            client,
+            method: request.method().clone(),
+            uri: request.uri().clone(),
+            version: request.version(),
+            status,
+            length,
+        }
+    }
+
+    /// Writes the line. A log that nobody reads any more must not end the service, so errors are passed over.
+    pub fn write(&self) {
+        write(self);
+    }
+}
+
+fn write(entry: &Entry) {
+    let target = entry
+        .uri
         .path_and_query()
         .map_or("*", |target| target.as_str());
     // A request line has no spaces or control characters left, but it may have quotes.
     let target = target.replace('\\', "\\\\").replace('"', "\\\"");
-    let mut line = format!("{} - - [", client.to_canonical());
+    let mut line = format!("{} - - [", entry.client.to_canonical());
     push_date(&mut line, SystemTime::now());
     // Writing to a string cannot fail.
     let _ = writeln!(
         line,
-        "] \"{} {target} {:?}\" {} {length}",
-        request.method(),
-        request.version(),
-        status.as_u16()
+        "] \"{} {target} {:?}\" {} {}",
+        entry.method,
+        entry.version,
+        entry.status.as_u16(),
+        entry.length
     );
     let _ = std::io::stdout().write_all(line.as_bytes());
 }

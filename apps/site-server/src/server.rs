@@ -4,7 +4,7 @@ use std::{
     convert::Infallible,
     fmt, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -22,7 +22,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
 };
 
-use crate::{log, options::Options, respond::Site};
+use crate::{log::Entry, options::Options, respond::Site};
 
 /// How long a client may take over the head of its next request before its connection is closed.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -86,6 +86,8 @@ pub fn run(options: &Options) -> Result<(), ServerError> {
         // Before the first connection: a signal must never end a request half way.
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        // A client that goes away is an error of the write. Once registered, the signal stays harmless.
+        drop(signal(SignalKind::pipe())?);
         let graceful = GracefulShutdown::new();
         let mut accepting = Vec::new();
         for listener in listeners(&options.listen)? {
@@ -211,11 +213,13 @@ async fn accept(
 async fn serve(stream: TcpStream, client: IpAddr, site: Arc<Site>, log: bool, watcher: Watcher) {
     // The response's last piece must not wait for an acknowledgement. A socket that refuses is slow, not wrong.
     let _ = stream.set_nodelay(true);
+    let answered = Mutex::new(Vec::new());
     let service = service_fn(|request: Request<Incoming>| {
         let response = site.answer(&request);
         if log {
             let length = response.body().size_hint().exact().unwrap_or_default();
-            log::request(client, &request, response.status(), length);
+            let entry = Entry::new(client, &request, response.status(), length);
+            lock(&answered).push(entry);
         }
         async { Ok::<_, Infallible>(response) }
     });
@@ -224,6 +228,18 @@ async fn serve(stream: TcpStream, client: IpAddr, site: Arc<Site>, log: bool, wa
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(HEAD_BYTES)
         .serve_connection(TokioIo::new(stream), service);
-    // A client that goes away or speaks nonsense ends its own connection only.
-    let _ = watcher.watch(connection).await;
+    let mut connection = std::pin::pin!(watcher.watch(connection));
+    std::future::poll_fn(|context| {
+        let polled = connection.as_mut().poll(context);
+        // What was answered is written by now, as far as the client takes it.
+        lock(&answered).drain(..).for_each(|entry| entry.write());
+        // A client that goes away or speaks nonsense ends its own connection only.
+        polled.map(|_| ())
+    })
+    .await;
+}
+
+/// Locks; a panic elsewhere leaves a list of entries as good as it was.
+fn lock(entries: &Mutex<Vec<Entry>>) -> MutexGuard<'_, Vec<Entry>> {
+    entries.lock().unwrap_or_else(PoisonError::into_inner)
 }
