@@ -82,14 +82,13 @@ pub struct UnitFlag {
 }
 
 /// Names that a flag may use for keys of the file, beside the keys themselves.
-const OTHER_NAMES: [(&str, &str); 7] = [
+const OTHER_NAMES: [(&str, &str); 6] = [
     ("port", "ports"),
     ("argument", "arguments"),
     ("env", "environment"),
     ("volume", "volumes"),
     ("name", "name"),
     ("fronts", "front"),
-    ("idle_timeout", "idle"),
 ];
 
 /// Takes apart `dns=www.example.org,image=site.kiln,port=80`: keys of a unit, repeated where several values are meant. `\,` is
