@@ -197,7 +197,8 @@ impl UserNetwork {
     /// True: from now on the thread sleeps, without a timer, and leaves everything where it is. When somebody wants the
     /// guest - a client of a published port, data or the end on an open connection, a datagram, a connection that is
     /// adopted, or the guest itself, that sent something before it stopped - it calls [`NetworkConfiguration::wake`], once,
-    /// and sleeps on until [`resume`](Self::resume). Clients that wait because of [`pause`](Self::pause) count too.
+    /// and sleeps on until [`resume`](Self::resume). Clients that wait because of [`pause`](Self::pause) count too;
+    /// those of a port that no program of the guest has ever listened on do not (where it tells).
     ///
     /// False: something is under way, and the guest is to go on; ask again later. That is: bytes that one side has sent and
     /// the other has not acknowledged or taken (so also a client that reads more slowly than the guest writes), a
@@ -343,10 +344,11 @@ struct Owner {
     counters: Arc<Counters>,
 }
 
-/// Wakes the guest's owner, once.
+/// A guest that may be stopped.
 struct Suspension {
     /// When it began.
     since: Instant,
+    /// The owner was woken, and has not resumed yet.
     woken: bool,
 }
 
