@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod dns;
 mod idle;
 mod memory;
 mod sample;
@@ -23,6 +24,7 @@ Usage: bench/measure NAME
   boot [ROUNDS]     engine qemu (TCG): to the first HTTP byte, against a kernel that prints one byte    [21]
   redis [ROUNDS]    redis-benchmark, engine process, --net socket and direct, against native            [3]
   nginx [ROUNDS]    wrk, engine process, --net socket and direct, against native                        [3]
+  dns [ROUNDS]      dnsperf, the summoner's name server with 1,000 warm names, against dnsmasq          [5]
   idle [SECONDS]    CPU time of an idle site, both engines                                              [60]
   size              kernel, shim, and the site's image
   memory            least memory with which site, nginx and redis answer, both engines
@@ -40,10 +42,16 @@ fn main() -> ExitCode {
         }
     };
     match name.as_str() {
+        // The measurement's own other half; the number is a port.
+        "name-server" => {
+            let port = count.and_then(|port| u16::try_from(port).ok());
+            return dns::serve(port.unwrap_or_default());
+        }
         "start" => start::measure(count.unwrap_or(200)),
         "boot" => boot::measure(count.unwrap_or(21)),
         "redis" => throughput::redis(count.unwrap_or(3)),
         "nginx" => throughput::nginx(count.unwrap_or(3)),
+        "dns" => dns::measure(count.unwrap_or(5)),
         "idle" => idle::measure(count.unwrap_or(60)),
         "size" => size::measure(),
         "memory" => memory::measure(),

@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod mutate;
+pub mod name_server;
 pub mod network;
 pub mod program;
 pub mod summon;
@@ -83,5 +84,10 @@ pub const TARGETS: &[Target] = &[
         name: "summon",
         run: summon::summon,
         seeds: summon::summon_seeds,
+    },
+    Target {
+        name: "name_server",
+        run: name_server::name_server,
+        seeds: name_server::name_server_seeds,
     },
 ];
