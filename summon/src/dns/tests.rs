@@ -661,7 +661,10 @@ struct Running {
 
 impl Running {
     async fn start(configuration: Configuration, zone: Zone) -> Self {
-        let server = Server::bind(configuration, zone).await.expect("a server");
+        Self::of(Server::bind(configuration, zone).await.expect("a server"))
+    }
+
+    fn of(server: Server) -> Self {
         let copy = server.clone();
         let task = tokio::spawn(async move { copy.run().await });
         Self { server, task }
@@ -893,7 +896,7 @@ async fn a_reload_holds_for_who_waits() {
 async fn connections_carry_many_queries() {
     let unit = Puppet::starting();
     let mut configuration = local();
-    configuration.limits.idle = SHORT;
+    configuration.limits.idle = Duration::from_millis(500);
     let running = Running::start(configuration, zone(&unit)).await;
     let mut stream = TcpStream::connect(running.address())
         .await
@@ -911,7 +914,7 @@ async fn connections_carry_many_queries() {
     // Out of order: who is ready does not wait for others.
     assert_eq!(receive_tcp(&mut stream).await.metadata.id, 2);
     // Who waits for an answer is not idle.
-    tokio::time::sleep(3 * SHORT).await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
     unit.ready(Ok(()));
     assert_eq!(receive_tcp(&mut stream).await.metadata.id, 1);
     let many = bytes(&question("many.example.org", RecordType::A));
@@ -1201,7 +1204,20 @@ async fn never_itself_and_not_for_everybody() {
     running.stop().await;
 
     for listen in [Ipv4Addr::LOCALHOST, Ipv4Addr::UNSPECIFIED] {
-        // Its own address is known only when it listens.
+        let (running, own) = forwarding_to_itself(listen).await;
+        let client = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+        client.connect(own).await.expect("an address");
+        let answer = exchange(&client, &question("others.example.com", RecordType::A)).await;
+        assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+        assert_eq!(running.server.statistics().udp, 1);
+        running.stop().await;
+    }
+}
+
+/// A server that is told to ask itself.
+async fn forwarding_to_itself(listen: Ipv4Addr) -> (Running, SocketAddr) {
+    loop {
+        // Its address is to be known before it listens, so that another may take it meanwhile.
         let free = TcpListener::bind("127.0.0.1:0").await.expect("a socket");
         let own = free.local_addr().expect("an address");
         drop(free);
@@ -1210,12 +1226,41 @@ async fn never_itself_and_not_for_everybody() {
             forward: Forward::To(vec![own]),
             ..local()
         };
-        let running = Running::start(configuration, Zone::default()).await;
-        let client = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
-        client.connect(own).await.expect("an address");
-        let answer = exchange(&client, &question("others.example.com", RecordType::A)).await;
-        assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
-        assert_eq!(running.server.statistics().udp, 1);
-        running.stop().await;
+        if let Ok(server) = Server::bind(configuration, Zone::default()).await {
+            return (Running::of(server), own);
+        }
     }
+}
+
+#[tokio::test]
+async fn datagrams_that_the_kernel_joined() {
+    let running = Running::start(local(), zone(&Arc::new(Puppet::default()))).await;
+    let client = running.client().await;
+    let state = quinn_udp::UdpSocketState::new((&client).into()).expect("a socket");
+    let number = state.max_gso_segments().min(10);
+    let mut query = question("www.example.org", RecordType::A);
+    let mut messages = Vec::new();
+    for id in 0..number {
+        query.metadata.id = id as u16;
+        messages.extend(bytes(&query));
+    }
+    let transmit = quinn_udp::Transmit {
+        destination: running.address(),
+        ecn: None,
+        contents: &messages,
+        segment_size: Some(messages.len() / number),
+        src_ip: None,
+    };
+    let send = || state.try_send((&client).into(), &transmit);
+    client
+        .async_io(tokio::io::Interest::WRITABLE, send)
+        .await
+        .expect("sent");
+    for id in 0..number {
+        // The answers go out one by one.
+        let answer = receive(&client).await;
+        assert_eq!(usize::from(answer.metadata.id), id);
+        assert_eq!(addresses(&answer), [ip("127.1.0.1")]);
+    }
+    running.stop().await;
 }
