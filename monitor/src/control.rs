@@ -384,6 +384,40 @@ pub fn connect(instance: &Instance) -> Result<UnixStream, Error> {
     })
 }
 
+/// Gets the sockets that a monitor holds for published ports, with the ports' places in the configuration. Nothing else may
+/// have been asked on the stream, or wait on it.
+///
+/// # Errors
+/// When the monitor does not answer.
+pub fn take_held(stream: &UnixStream) -> Result<Vec<(usize, OwnedFd)>, Error> {
+    let failed = |error: io::Error| Error::io("get the held sockets from a monitor")(error);
+    send_line(stream, &Request::Held, &[]).map_err(failed)?;
+    stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    let mut descriptors = VecDeque::new();
+    let mut ports = Vec::new();
+    loop {
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while line.last() != Some(&b'\n') {
+            if receive(stream.as_fd(), &mut byte, &mut descriptors).map_err(failed)? == 0 {
+                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+            }
+            line.extend(byte);
+        }
+        match serde_json::from_slice(&line) {
+            Ok(Message::Held { ports: told }) => ports = told,
+            Ok(Message::Answer { error: None, .. }) => break,
+            Ok(Message::Answer {
+                error: Some(what), ..
+            }) => return Err(Error::environment(what, "look at 'kiln ps'")),
+            Ok(Message::Event { .. }) => {}
+            Err(error) => return Err(Error::Protocol(error.to_string())),
+        }
+    }
+    stream.set_read_timeout(None).map_err(failed)?;
+    Ok(ports.into_iter().zip(descriptors).collect())
+}
+
 impl Client {
     /// Connects to the monitor of an instance.
     ///
@@ -428,7 +462,9 @@ impl Client {
                 what,
                 "look at 'kiln ps' and 'kiln logs'",
             )),
-            Ok(Message::Event { .. } | Message::Held { .. }) => Err(Error::Protocol("an event unasked for".to_owned())),
+            Ok(Message::Event { .. } | Message::Held { .. }) => {
+                Err(Error::Protocol("an event unasked for".to_owned()))
+            }
             Err(error) => Err(Error::Protocol(error.to_string())),
         }
     }

@@ -344,7 +344,10 @@ impl SocketServer {
             .enumerate()
             .filter(|(_, listener)| listener.held)
             .flat_map(|(place, listener)| {
-                listener.sockets.iter().map(move |socket| (place, socket.as_fd()))
+                listener
+                    .sockets
+                    .iter()
+                    .map(move |socket| (place, socket.as_fd()))
             })
             .collect()
     }

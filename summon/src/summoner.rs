@@ -1,0 +1,884 @@
+//! The summoner itself: brings configuration, units, name server, fronts, store and commands together.
+//!
+//! ```text
+//! STATE/summon/
+//!   lock         held (flock) by the living summoner
+//!   control      its control socket
+//!   store.redb   what survives its end
+//!   summon.log   what it says when it runs in the background
+//! ```
+//!
+//! What always holds: a configuration is taken as a whole or not at all, and what a reload does not change goes on
+//! untouched. The truth about what runs is in the instances' folders; a summoner that starts finds its units there.
+
+use std::collections::BTreeMap;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use kiln_monitor::state::{InstanceConfiguration, StateDirectory};
+use rustix::fs::FlockOperation;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::address::Pool;
+use crate::configuration::{self, Configuration, Forward, Machine};
+use crate::control::{self, Answer, Request};
+use crate::dns::{self, Zone};
+use crate::front::Fronts;
+use crate::metrics::{self, Metrics};
+use crate::room::{Ceilings, Room};
+use crate::store::{Change, Statistics, Store};
+use crate::unit::machine::{Event, State};
+use crate::unit::runner::{Adopted, Runner, Shared};
+use crate::unit::{Handle, Prepared};
+
+/// How long the end of all units may take when the summoner ends.
+const END_PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is looked whether they have ended.
+const END_LOOK: Duration = Duration::from_millis(10);
+
+/// Makes the instance of a unit: finds or builds its image and checks its options. Blocks.
+pub type Prepare =
+    Arc<dyn Fn(&configuration::Unit) -> Result<InstanceConfiguration, String> + Send + Sync>;
+
+/// Reads the configuration again. Blocks.
+pub type Read = Arc<dyn Fn() -> Result<Configuration, String> + Send + Sync>;
+
+/// Why a summoner cannot work.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What is wrong.
+    pub message: String,
+    /// What to do.
+    pub help: Option<String>,
+    /// What was asked for cannot be right; else it fails here and now.
+    pub input: bool,
+}
+
+impl Error {
+    fn environment(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            help: Some(help.into()),
+            input: false,
+        }
+    }
+
+    fn input(message: impl Into<String>, help: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            help: Some(help.into()),
+            input: true,
+        }
+    }
+
+    fn plain(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            help: None,
+            input: false,
+        }
+    }
+
+    fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let action = action.into();
+        move |error| Self::plain(format!("cannot {action}: {error}"))
+    }
+}
+
+/// The summoner's folder in a state directory.
+#[must_use]
+pub fn directory(state: &StateDirectory) -> PathBuf {
+    state.path().join("summon")
+}
+
+/// One unit.
+struct Entry {
+    unit: Handle,
+    prepared: Prepared,
+    /// It was added at run time.
+    added: bool,
+    /// It is to go; what is left of it is ending.
+    leaving: bool,
+}
+
+/// What a summoner is made of.
+pub struct Summoner {
+    shared: Arc<Shared>,
+    configuration: Configuration,
+    entries: BTreeMap<String, Entry>,
+    clock: Instant,
+    dns: dns::Server,
+    fronts: Fronts,
+    prepare: Prepare,
+    read: Read,
+    control: UnixListener,
+    directory: PathBuf,
+    addresses: crate::interface::Addresses,
+    metrics_server: Option<(SocketAddr, tokio::task::JoinHandle<()>)>,
+    _lock: File,
+}
+
+/// Makes the folder and takes its lock.
+fn take_lock(directory: &Path) -> Result<File, Error> {
+    let made = DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory);
+    made.map_err(Error::io(format!("make {}", directory.display())))?;
+    let path = directory.join("lock");
+    let lock = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(Error::io(format!("open {}", path.display())))?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::environment(
+            "another summoner is at work with this state directory",
+            "see it with 'kiln summon ps' and end it with 'kiln summon down', or set KILN_STATE to a directory of its own",
+        )),
+        Err(error) => Err(Error::io(format!("lock {}", path.display()))(error.into())),
+    }
+}
+
+impl Summoner {
+    /// Binds everything, adopts what an earlier summoner has left running, and is then ready to [`Summoner::run`].
+    ///
+    /// # Errors
+    /// Names what cannot be had. Nothing is left behind.
+    pub async fn start(
+        state: StateDirectory,
+        configuration: Configuration,
+        prepare: Prepare,
+        read: Read,
+    ) -> Result<Self, Error> {
+        let directory = directory(&state);
+        let lock = take_lock(&directory)?;
+        let store = Store::open(&directory.join("store.redb"))
+            .map_err(|error| Error::plain(error.to_string()))?;
+        let store = Arc::new(store);
+        let dns = dns::Server::bind(dns_configuration(&configuration), Zone::default())
+            .await
+            .map_err(|error| Error::plain(error.to_string()))?;
+        let counted = dns.clone();
+        let metrics = Arc::new(Metrics::new(move || counted.statistics()));
+        let shared = Arc::new(Shared {
+            state,
+            room: Arc::new(Room::default()),
+            store,
+            metrics,
+            children: Mutex::default(),
+        });
+        let socket = directory.join(control::SOCKET);
+        let control = {
+            // A dead summoner's.
+            let _ = std::fs::remove_file(&socket);
+            let (_directory, path) = control::short_path(&directory)
+                .map_err(Error::io(format!("open {}", directory.display())))?;
+            UnixListener::bind(path).map_err(Error::io(format!("make {}", socket.display())))?
+        };
+        let mut summoner = Self {
+            shared,
+            configuration: configuration.clone(),
+            entries: BTreeMap::new(),
+            clock: Instant::now(),
+            dns,
+            fronts: Fronts::default(),
+            prepare,
+            read,
+            control,
+            directory,
+            addresses: crate::interface::Addresses::default(),
+            metrics_server: None,
+            _lock: lock,
+        };
+        let adopted = summoner.find_running().await?;
+        if let Err(error) = summoner.apply(configuration, adopted).await {
+            summoner.addresses.clear();
+            return Err(error);
+        }
+        Ok(summoner)
+    }
+
+    /// Where the name server listens.
+    #[must_use]
+    pub fn listening(&self) -> &[SocketAddr] {
+        self.dns.local_addresses()
+    }
+
+    /// How many units there are, and how many of them run.
+    #[must_use]
+    pub fn count(&self) -> (usize, usize) {
+        let running = self.entries.values().filter(|entry| entry.unit.occupies());
+        (self.entries.len(), running.count())
+    }
+
+    /// The units' instances that an earlier summoner has left running.
+    async fn find_running(&self) -> Result<BTreeMap<String, Adopted>, Error> {
+        let state = self.shared.state.clone();
+        let find = move || {
+            let mut found = BTreeMap::new();
+            let (instances, _) = state.list()?;
+            for instance in instances {
+                let Some(unit) = instance.configuration.unit.clone() else {
+                    continue;
+                };
+                if !instance.alive() {
+                    continue;
+                }
+                match Adopted::reach(&instance) {
+                    Ok(adopted) => {
+                        found.insert(unit, adopted);
+                    }
+                    Err(error) => tracing::warn!(unit, "it runs and cannot be adopted: {error}"),
+                }
+            }
+            Ok(found)
+        };
+        tokio::task::spawn_blocking(find)
+            .await
+            .map_err(|error| Error::plain(error.to_string()))?
+            .map_err(|error: kiln_monitor::Error| Error::plain(error.to_string()))
+    }
+
+    /// The configured units and those that were added, which give way.
+    fn wanted(
+        &self,
+        configuration: &Configuration,
+    ) -> Result<Vec<(configuration::Unit, bool)>, Error> {
+        let added = self
+            .shared
+            .store
+            .units()
+            .map_err(|error| Error::plain(error.to_string()))?;
+        let mut all: Vec<_> = configuration
+            .units
+            .values()
+            .map(|unit| (unit.clone(), false))
+            .collect();
+        let mut whole = configuration.clone();
+        let machine = Machine::current();
+        for unit in added {
+            let name = unit.name.clone();
+            match whole.with([unit.clone()], &machine) {
+                Ok(with) => {
+                    whole = with;
+                    all.push((unit, true));
+                }
+                Err(problems) => tracing::error!(
+                    unit = name,
+                    "the unit that was added does not fit the configuration any more, and is left out: {problems}"
+                ),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Addresses for all units: fixed, leased before, or leased now.
+    fn lease(
+        &self,
+        configuration: &Configuration,
+        units: &[(configuration::Unit, bool)],
+    ) -> Result<Vec<Vec<IpAddr>>, Error> {
+        let failed = |error: String| Error::input(error, "choose a larger pool in summon.toml");
+        let leases = self
+            .shared
+            .store
+            .leases()
+            .map_err(|error| Error::plain(error.to_string()))?;
+        let mut reserved = configuration.reserved_addresses();
+        for (unit, _) in units {
+            reserved.extend(unit.address.map(IpAddr::V4));
+            reserved.extend(unit.address6.map(IpAddr::V6));
+        }
+        let pool_of = |prefix: IpNet| Pool::new(prefix, reserved.clone(), leases.iter().cloned());
+        let mut pool = pool_of(IpNet::V4(configuration.pool));
+        let mut pool6 = configuration.pool6.map(|prefix| pool_of(IpNet::V6(prefix)));
+        let mut changes = Vec::new();
+        let mut all = Vec::with_capacity(units.len());
+        for (unit, _) in units {
+            let (address, address6) = configuration.fixed_addresses(unit);
+            let mut addresses: Vec<IpAddr> = address.map(IpAddr::V4).into_iter().collect();
+            addresses.extend(address6.map(IpAddr::V6));
+            let mut lease = |pool: &mut Pool| -> Result<(), Error> {
+                let known = pool.get(&unit.name);
+                let address = pool
+                    .lease(&unit.name)
+                    .map_err(|error| failed(error.to_string()))?;
+                if known.is_none() {
+                    changes.push(Change::Lease(unit.name.clone(), address));
+                }
+                addresses.push(address);
+                Ok(())
+            };
+            if configuration.needs_lease(unit) {
+                lease(&mut pool)?;
+            }
+            if configuration.needs_lease6(unit)
+                && let Some(pool6) = &mut pool6
+            {
+                lease(pool6)?;
+            }
+            all.push(addresses);
+        }
+        self.shared
+            .store
+            .write(&changes)
+            .map_err(|error| Error::plain(error.to_string()))?;
+        Ok(all)
+    }
+
+    /// Finds or builds the images of units, each source once.
+    async fn prepare_all(
+        &self,
+        units: Vec<(configuration::Unit, bool)>,
+        addresses: Vec<Vec<IpAddr>>,
+    ) -> Result<Vec<(Prepared, bool)>, Error> {
+        let prepare = Arc::clone(&self.prepare);
+        let make = move || -> Vec<(Prepared, bool)> {
+            units
+                .into_iter()
+                .zip(addresses)
+                .map(|((unit, added), addresses)| {
+                    let instance = prepare(&unit).map(|mut instance| {
+                        instance.ports = publish(&unit, &addresses);
+                        instance
+                    });
+                    let prepared = Prepared {
+                        unit,
+                        addresses,
+                        instance,
+                    };
+                    (prepared, added)
+                })
+                .collect()
+        };
+        tokio::task::spawn_blocking(make)
+            .await
+            .map_err(|error| Error::plain(error.to_string()))
+    }
+
+    /// Makes a configuration the present one.
+    async fn apply(
+        &mut self,
+        configuration: Configuration,
+        mut adopted: BTreeMap<String, Adopted>,
+    ) -> Result<(), Error> {
+        let first = self.entries.is_empty();
+        let units = self.wanted(&configuration)?;
+        let addresses = self.lease(&configuration, &units)?;
+        let prepared = self.prepare_all(units, addresses).await?;
+        for (prepared, _) in &prepared {
+            if let Err(reason) = &prepared.instance {
+                let message = format!("unit '{}': {reason}", prepared.unit.name);
+                return Err(Error {
+                    message,
+                    help: None,
+                    input: true,
+                });
+            }
+        }
+        let fronts = Fronts::plan(&configuration, prepared.iter().map(|(one, _)| one))
+            .map_err(|error| Error::input(error, "see [front.NAME] in summon.toml"))?;
+        if let Some(interface) = &configuration.interface {
+            self.addresses
+                .set(
+                    interface,
+                    prepared.iter().flat_map(|(one, _)| &one.addresses),
+                )
+                .await
+                .map_err(|error| {
+                    Error::environment(error, "run as root, or leave 'interface' out")
+                })?;
+        }
+        self.shared.room.set(Ceilings {
+            units: configuration.max_running,
+            memory: configuration.max_memory,
+        });
+        let statistics = self
+            .shared
+            .store
+            .statistics()
+            .map_err(|error| Error::plain(error.to_string()))?;
+        // Those that go, first: others may want their ports.
+        for (name, entry) in &mut self.entries {
+            if !prepared.iter().any(|(one, _)| one.unit.name == *name) {
+                entry.leaving = true;
+                entry.unit.event(Event::Remove);
+            }
+        }
+        for (name, adopted) in std::mem::take(&mut adopted) {
+            let known = prepared.iter().find(|(one, _)| one.unit.name == name);
+            match known {
+                Some((one, added)) => {
+                    let statistics = statistics.get(&name).copied().unwrap_or_default();
+                    self.begin(one.clone(), *added, statistics, Some(adopted))
+                        .await?;
+                    self.shared.metrics.adopted.inc();
+                    tracing::info!(unit = name, "adopted");
+                }
+                None => {
+                    tracing::info!(unit = name, "no longer configured: ending it");
+                    self.end_stray(&name);
+                }
+            }
+        }
+        for (prepared, added) in prepared {
+            let name = prepared.unit.name.clone();
+            if let Some(entry) = self.entries.get_mut(&name)
+                && entry.unit.state() != State::Gone
+            {
+                if entry.prepared == prepared && !entry.leaving {
+                    continue;
+                }
+                let stale = entry.prepared.instance != prepared.instance
+                    || entry.prepared.addresses != prepared.addresses;
+                entry.leaving = false;
+                entry.added = added;
+                entry.prepared = prepared.clone();
+                entry.unit.configure(prepared, stale);
+                continue;
+            }
+            let statistics = statistics.get(&name).copied().unwrap_or_default();
+            self.begin(prepared, added, statistics, None).await?;
+        }
+        self.entries
+            .retain(|_, entry| !(entry.leaving && entry.unit.state() == State::Gone));
+        self.publish_zone(&configuration)?;
+        self.serve_metrics(&configuration).await?;
+        let handles = |name: &str| self.entries.get(name).map(|entry| Arc::clone(&entry.unit));
+        self.fronts
+            .set(fronts, handles)
+            .map_err(|error| Error::environment(error, "choose another address or port"))?;
+        if !first {
+            let old = &self.configuration;
+            if (&old.listen, &old.forward, &old.forward_for)
+                != (
+                    &configuration.listen,
+                    &configuration.forward,
+                    &configuration.forward_for,
+                )
+            {
+                tracing::warn!(
+                    "'listen', 'forward' and 'forward_for' change only when the summoner is started again ('kiln summon down --keep' leaves its units running)"
+                );
+            }
+        }
+        self.configuration = configuration;
+        Ok(())
+    }
+
+    /// Ends an instance of a unit that is no longer configured.
+    fn end_stray(&self, name: &str) {
+        let state = self.shared.state.clone();
+        let name = name.to_owned();
+        tokio::task::spawn_blocking(move || {
+            let Ok(instance) = state.open(&name) else {
+                return;
+            };
+            if let Ok(mut client) = kiln_monitor::control::Client::connect(&instance) {
+                let _ = client.ask(kiln_monitor::control::Request::Signal(15));
+                if !matches!(client.wait_end(Duration::from_secs(10)), Ok(true)) {
+                    let _ = client.ask(kiln_monitor::control::Request::Kill);
+                }
+            }
+            if matches!(instance.wait_unlocked(Duration::from_secs(10)), Ok(true)) {
+                let _ = instance.remove();
+            }
+        });
+    }
+
+    async fn begin(
+        &mut self,
+        prepared: Prepared,
+        added: bool,
+        statistics: Statistics,
+        adopted: Option<Adopted>,
+    ) -> Result<(), Error> {
+        let name = prepared.unit.name.clone();
+        let (unit, mut runner) = Runner::new(
+            Arc::clone(&self.shared),
+            prepared.clone(),
+            statistics,
+            adopted,
+            self.clock,
+        )
+        .map_err(|error| {
+            Error::environment(
+                error,
+                "free that port, or give the unit another port or address",
+            )
+        })?;
+        runner.greet().await;
+        tokio::spawn(runner.run());
+        let entry = Entry {
+            unit,
+            prepared,
+            added,
+            leaving: false,
+        };
+        self.entries.insert(name, entry);
+        Ok(())
+    }
+
+    /// Gives the name server what it is to answer.
+    fn publish_zone(&self, configuration: &Configuration) -> Result<(), Error> {
+        let failed =
+            |error: dns::ZoneError| Error::input(error.to_string(), "see 'dns' in summon.toml");
+        let mut zone = Zone::builder();
+        for name in &configuration.zones {
+            zone.authoritative(name).map_err(failed)?;
+        }
+        for entry in self.entries.values().filter(|entry| !entry.leaving) {
+            for name in &entry.prepared.unit.dns {
+                let known = dns::Name {
+                    unit: Arc::clone(&entry.unit) as Arc<dyn dns::Unit>,
+                    addresses: entry.prepared.addresses.clone(),
+                    ttl: entry.prepared.unit.ttl,
+                };
+                zone.name(name, known).map_err(failed)?;
+            }
+        }
+        // A serial that grows over the summoner's lives too.
+        zone.serial(u32::try_from(kiln_monitor::state::now() / 1000).unwrap_or(u32::MAX));
+        self.dns.set_zone(zone.build());
+        Ok(())
+    }
+
+    async fn serve_metrics(&mut self, configuration: &Configuration) -> Result<(), Error> {
+        let present = self.metrics_server.as_ref().map(|(address, _)| *address);
+        if present == configuration.metrics {
+            return Ok(());
+        }
+        if let Some((_, task)) = self.metrics_server.take() {
+            task.abort();
+        }
+        let Some(address) = configuration.metrics else {
+            return Ok(());
+        };
+        let listener = TcpListener::bind(address).await.map_err(|error| {
+            Error::environment(
+                format!("the metrics cannot be served at {address}: {error}"),
+                "choose another address for 'metrics'",
+            )
+        })?;
+        let metrics = Arc::clone(&self.shared.metrics);
+        let task = tokio::spawn(async move {
+            metrics::serve(listener, metrics).await;
+        });
+        self.metrics_server = Some((address, task));
+        Ok(())
+    }
+
+    /// Serves until it is told to end. True: its units go on.
+    ///
+    /// # Errors
+    /// When the name server fails.
+    pub async fn run(mut self) -> Result<(), Error> {
+        let failed = || Error::io("catch signals");
+        let mut hangup = signal(SignalKind::hangup()).map_err(failed())?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed())?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed())?;
+        let mut child = signal(SignalKind::child()).map_err(failed())?;
+        let (commands, mut inbox) = mpsc::channel::<(Request, oneshot::Sender<Answer>)>(64);
+        let dns = self.dns.clone();
+        let mut serving = tokio::spawn(async move { dns.run().await });
+        let keep = loop {
+            tokio::select! {
+                accepted = self.control.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        tokio::spawn(converse(stream, commands.clone()));
+                    }
+                    Err(error) => {
+                        tracing::warn!("accept a command: {error}");
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                },
+                Some((request, answer)) = inbox.recv() => {
+                    if let Request::Down { keep } = request {
+                        if !keep {
+                            self.end_units().await;
+                        }
+                        let _ = answer.send(Answer::Done);
+                        // The answer is to leave before this process does.
+                        tokio::task::yield_now().await;
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                        break keep;
+                    }
+                    let said = self.command(request).await;
+                    let _ = answer.send(said);
+                }
+                _ = hangup.recv() => {
+                    if let Err(error) = self.reload().await {
+                        tracing::error!("the configuration is not taken: {error}");
+                    }
+                }
+                _ = interrupt.recv() => break false,
+                _ = terminate.recv() => break false,
+                _ = child.recv() => self.shared.reap(),
+                ended = &mut serving => {
+                    let reason = match ended {
+                        Ok(Ok(())) => "it ended".to_owned(),
+                        Ok(Err(error)) => error.to_string(),
+                        Err(error) => error.to_string(),
+                    };
+                    return Err(Error::plain(format!("the name server cannot go on: {reason}")));
+                }
+            }
+        };
+        self.dns.shutdown();
+        if !keep {
+            self.end_units().await;
+        }
+        self.addresses.clear();
+        let _ = std::fs::remove_file(self.directory.join(control::SOCKET));
+        Ok(())
+    }
+
+    /// Ends all units and waits for that.
+    async fn end_units(&mut self) {
+        tracing::info!("ending");
+        for entry in self.entries.values() {
+            entry.unit.event(Event::Remove);
+            entry.unit.event(Event::Stop);
+        }
+        let end = Instant::now() + END_PATIENCE;
+        while self.entries.values().any(|entry| entry.unit.occupies()) && Instant::now() < end {
+            tokio::time::sleep(END_LOOK).await;
+        }
+    }
+
+    async fn reload(&mut self) -> Result<(), Error> {
+        let read = Arc::clone(&self.read);
+        let outcome = match tokio::task::spawn_blocking(move || read()).await {
+            Ok(Ok(configuration)) => self.apply(configuration, BTreeMap::new()).await,
+            Ok(Err(problems)) => Err(Error {
+                message: problems,
+                help: None,
+                input: true,
+            }),
+            Err(error) => Err(Error::plain(error.to_string())),
+        };
+        match &outcome {
+            Ok(()) => {
+                self.shared.metrics.reloads.inc();
+                tracing::info!("reloaded: {} units", self.entries.len());
+            }
+            Err(_) => {
+                self.shared.metrics.reload_failures.inc();
+            }
+        }
+        outcome
+    }
+
+    async fn command(&mut self, request: Request) -> Answer {
+        let outcome = match request {
+            Request::Ps => Ok(Answer::Units {
+                units: self
+                    .entries
+                    .values()
+                    .filter(|entry| !(entry.leaving && entry.unit.state() == State::Gone))
+                    .map(|entry| entry.unit.status(&entry.prepared))
+                    .collect(),
+                listen: self.dns.local_addresses().to_vec(),
+            }),
+            Request::Start(names) => self.tell(&names, Event::Start),
+            Request::Stop(names) => self.tell(&names, Event::Stop),
+            Request::Add(unit) => self.add(*unit).await,
+            Request::Rm(names) => self.remove(&names).await,
+            Request::Reload => self.reload().await.map(|()| Answer::Done),
+            Request::Trace(name) => self.trace(&name),
+            Request::Down { .. } => Ok(Answer::Done),
+        };
+        outcome.unwrap_or_else(|error| Answer::Refused {
+            message: error.message,
+            help: error.help,
+            input: error.input,
+        })
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry, Error> {
+        self.entries.get(name).ok_or_else(|| {
+            Error::input(
+                format!("there is no unit '{name}'"),
+                "'kiln summon ps' lists them",
+            )
+        })
+    }
+
+    fn tell(&self, names: &[String], event: Event) -> Result<Answer, Error> {
+        for name in names {
+            self.entry(name)?;
+        }
+        for name in names {
+            self.entry(name)?.unit.event(event);
+        }
+        Ok(Answer::Done)
+    }
+
+    fn trace(&self, name: &str) -> Result<Answer, Error> {
+        let entry = self.entry(name)?;
+        let mut all = self
+            .shared
+            .store
+            .timelines(name)
+            .map_err(|error| Error::plain(error.to_string()))?;
+        if let Some(present) = entry.unit.timeline() {
+            all.retain(|one| one.start() != present.start());
+            all.push(present);
+        }
+        Ok(Answer::Timelines(all))
+    }
+
+    async fn add(&mut self, unit: configuration::Unit) -> Result<Answer, Error> {
+        let name = unit.name.clone();
+        if let Some(entry) = self.entries.get(&name)
+            && !entry.added
+            && !entry.leaving
+        {
+            return Err(Error::input(
+                format!("the unit '{name}' is in the configuration already"),
+                "choose another name, or change it there and 'kiln summon reload'",
+            ));
+        }
+        let store = Arc::clone(&self.shared.store);
+        let before = store
+            .units()
+            .map_err(|error| Error::plain(error.to_string()))?;
+        let mut whole = self.configuration.clone();
+        let machine = Machine::current();
+        for other in before.iter().filter(|other| other.name != name).cloned() {
+            if let Ok(with) = whole.with([other], &machine) {
+                whole = with;
+            }
+        }
+        whole
+            .with([unit.clone()], &machine)
+            .map_err(|problems| Error {
+                message: problems.to_string(),
+                help: None,
+                input: true,
+            })?;
+        let write = |change: Change| {
+            store
+                .write(&[change])
+                .map_err(|error| Error::plain(error.to_string()))
+        };
+        write(Change::AddUnit(Box::new(unit)))?;
+        let configuration = self.configuration.clone();
+        if let Err(error) = self.apply(configuration, BTreeMap::new()).await {
+            // As it was.
+            let old = before.into_iter().find(|other| other.name == name);
+            write(match old {
+                Some(old) => Change::AddUnit(Box::new(old)),
+                None => Change::RemoveUnit(name),
+            })?;
+            return Err(error);
+        }
+        Ok(Answer::Done)
+    }
+
+    async fn remove(&mut self, names: &[String]) -> Result<Answer, Error> {
+        for name in names {
+            if !self.entry(name)?.added {
+                return Err(Error::input(
+                    format!("the unit '{name}' is in the configuration, and was not added"),
+                    "take it out there and 'kiln summon reload'",
+                ));
+            }
+        }
+        let changes: Vec<_> = names
+            .iter()
+            .flat_map(|name| {
+                [
+                    Change::RemoveUnit(name.clone()),
+                    Change::Release(name.clone()),
+                ]
+            })
+            .collect();
+        self.shared
+            .store
+            .write(&changes)
+            .map_err(|error| Error::plain(error.to_string()))?;
+        let configuration = self.configuration.clone();
+        self.apply(configuration, BTreeMap::new()).await?;
+        Ok(Answer::Done)
+    }
+}
+
+/// The ports of a unit at its addresses, in the order of its held sockets.
+fn publish(
+    unit: &configuration::Unit,
+    addresses: &[IpAddr],
+) -> Vec<kiln_monitor::arguments::Publish> {
+    addresses
+        .iter()
+        .flat_map(|address| {
+            unit.ports
+                .iter()
+                .map(|port| kiln_monitor::arguments::Publish {
+                    address: Some(*address),
+                    host: port.host,
+                    guest: port.guest,
+                    protocol: port.protocol,
+                })
+        })
+        .collect()
+}
+
+fn dns_configuration(configuration: &Configuration) -> dns::Configuration {
+    dns::Configuration {
+        listen: configuration.listen.clone(),
+        forward: match &configuration.forward {
+            Forward::System => dns::Forward::System,
+            Forward::None => dns::Forward::Refuse,
+            Forward::To(servers) => dns::Forward::To(servers.clone()),
+        },
+        forward_for: configuration.forward_for.clone(),
+        ..dns::Configuration::default()
+    }
+}
+
+/// Hears one request and answers it.
+async fn converse(stream: UnixStream, commands: mpsc::Sender<(Request, oneshot::Sender<Answer>)>) {
+    let (reading, mut writing) = stream.into_split();
+    let mut line = String::new();
+    let mut reading = BufReader::new(reading.take(control::MAX_LINE));
+    if !matches!(reading.read_line(&mut line).await, Ok(length) if length > 0) {
+        return;
+    }
+    let answer = match serde_json::from_str::<Request>(&line) {
+        Ok(request) => {
+            let (sender, receiver) = oneshot::channel();
+            if commands.send((request, sender)).await.is_err() {
+                return;
+            }
+            match receiver.await {
+                Ok(answer) => answer,
+                Err(_) => return,
+            }
+        }
+        Err(error) => Answer::Refused {
+            message: format!("not a request: {error}"),
+            help: Some("use the 'kiln' of the same version as the summoner".to_owned()),
+            input: true,
+        },
+    };
+    if let Ok(mut text) = serde_json::to_vec(&answer) {
+        text.push(b'\n');
+        let _ = writing.write_all(&text).await;
+    }
+}
