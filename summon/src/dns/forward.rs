@@ -310,7 +310,45 @@ async fn ask_tcp(server: SocketAddr, message: &[u8]) -> io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    const QUERY: &[u8] = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x01a\x04test\0\0\x01\0\x01";
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn only_its_own_answer_matches(
+            mistakes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
+            cut in 0..QUERY.len() + 1,
+            more in prop::collection::vec(any::<u8>(), 0..20),
+        ) {
+            let mut answer = QUERY.to_vec();
+            answer[2] |= 0x80;
+            for (at, value) in mistakes {
+                let at = at.index(answer.len());
+                answer[at] = value;
+            }
+            answer.truncate(cut);
+            answer.extend(more);
+            if matches(QUERY, &answer) {
+                prop_assert_eq!(&answer[..2], &QUERY[..2]);
+                prop_assert_ne!(answer[2] & 0x80, 0);
+                let question = answer.get(HEADER..QUERY.len());
+                prop_assert!(
+                    answer.len() == HEADER
+                        || question.is_some_and(|theirs| theirs.eq_ignore_ascii_case(&QUERY[HEADER..]))
+                );
+            }
+        }
+
+        #[test]
+        fn any_file(text: String) {
+            prop_assert!(!name_servers(&text).is_empty());
+        }
+    }
 
     #[test]
     fn name_servers_of_the_system() {
