@@ -11,8 +11,11 @@
 //! [`Events::defer`] and are delivered by the main loop, never from inside that operation.
 
 use alloc::{sync::Arc, vec::Vec};
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use kiln_abi::host::Event;
+
+use spin::Once;
 
 use crate::{host::Host, sync::Mutex};
 
@@ -33,6 +36,8 @@ const BATCH: usize = 128;
 pub struct Events {
     handlers: Mutex<Vec<Option<Arc<dyn EventHandler>>>>,
     deferred: Mutex<Vec<Event>>,
+    /// The flag by which the shim tells of events while the kernel runs (`CpuArea::pending`).
+    pending: Once<&'static AtomicU32>,
 }
 
 impl Events {
@@ -40,6 +45,28 @@ impl Events {
     #[must_use]
     pub fn new() -> Events {
         Events::default()
+    }
+
+    /// Says where the shim tells of events while the kernel runs.
+    pub fn set_pending_flag(&self, flag: &'static AtomicU32) {
+        self.pending.call_once(|| flag);
+    }
+
+    /// Waits without delivering anything, in the middle of a synchronous operation. A tick that comes meanwhile is noted in
+    /// `ticked`, for [`Events::resume`]: the host does not wait while it is pending.
+    pub fn wait_inside(&self, host: &Host, events: &mut [Event], ticked: &mut bool) -> usize {
+        let count = host.wait(events, u64::MAX);
+        if let Some(pending) = self.pending.get() {
+            *ticked |= pending.swap(0, Ordering::Relaxed) != 0;
+        }
+        count
+    }
+
+    /// Ends a synchronous operation that waited: what came meanwhile is seen to before the program goes on.
+    pub fn resume(&self, ticked: bool) {
+        if ticked && let Some(pending) = self.pending.get() {
+            pending.store(1, Ordering::Relaxed);
+        }
     }
 
     /// Sends the events of `source` to `handler`, in place of an earlier one.

@@ -81,6 +81,8 @@ impl Kernel {
     #[must_use]
     pub fn new(parts: KernelParts) -> Arc<Kernel> {
         let clock = Clock::new(parts.host, parts.configuration.realtime);
+        let events = Arc::new(Events::new());
+        events.set_pending_flag(parts.cpu.pending_flag());
         Arc::new(Kernel {
             host: parts.host,
             engine: parts.engine,
@@ -88,7 +90,7 @@ impl Kernel {
             executor: Executor::default(),
             clock,
             timers: Timers::default(),
-            events: Arc::new(Events::new()),
+            events,
             configuration: parts.configuration,
             root_image: parts.root_image,
             memory_limit: parts.memory_limit,

@@ -347,3 +347,68 @@ fn only_root_makes_the_kernel_panic() {
     assert_eq!(outcome.code(), 1, "{outcome}");
     assert!(outcome.output.contains("Permission denied"), "{outcome}");
 }
+
+/// Writes a file on a volume, reads it back and another that the host wrote.
+const COPIER: &str = r#"
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+#define BLOCK (1 << 20)
+static unsigned char block[BLOCK], found[BLOCK];
+static void fill(int number) { for (int i = 0; i < BLOCK; i++) block[i] = (unsigned char)(i * 7 + (i >> 9) + number); }
+static int check(const char *path, int blocks) {
+    int file = open(path, O_RDONLY);
+    for (int number = 0; number < blocks; number++) {
+        fill(number);
+        for (int done = 0; done < BLOCK;) {
+            ssize_t count = read(file, found + done, BLOCK - done);
+            if (count <= 0) { perror(path); return 1; }
+            done += count;
+        }
+        if (memcmp(block, found, BLOCK)) { printf("%s: block %d differs\n", path, number); return 1; }
+    }
+    return read(file, found, 1) != 0;
+}
+int main(void) {
+    int file = open("/data/out", O_CREAT | O_WRONLY | O_TRUNC, 0644);
+    for (int number = 0; number < 32; number++) {
+        fill(number);
+        if (write(file, block, BLOCK) != BLOCK) { perror("write"); return 1; }
+    }
+    if (fsync(file)) { perror("fsync"); return 1; }
+    return check("/data/out", 32) || check("/data/in", 32);
+}
+"#;
+
+/// More at once than any buffer between the kernel and the volume's server takes.
+#[test]
+fn much_data_goes_through_a_volume_and_back() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "copier", COPIER));
+    let shared = kiln.folder().join("shared");
+    fs::create_dir(&shared).expect("a folder");
+    let content: Vec<u8> = (0..32_u32)
+        .flat_map(|number| {
+            (0..1_u32 << 20).map(move |place| (place * 7 + (place >> 9) + number) as u8)
+        })
+        .collect();
+    fs::write(shared.join("in"), &content).expect("a file");
+    let volume = format!("{}:/data", shared.display());
+    for engine in engines() {
+        let outcome = kiln.run([
+            "run",
+            "--engine",
+            &engine,
+            "-v",
+            &volume,
+            image.to_str().expect("the path is text"),
+        ]);
+        assert_eq!(outcome.code(), 0, "{engine}: {outcome}");
+        assert!(
+            fs::read(shared.join("out")).expect("a file") == content,
+            "{engine}: the file differs"
+        );
+        fs::remove_file(shared.join("out")).expect("it can go");
+    }
+}

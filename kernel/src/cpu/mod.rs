@@ -330,7 +330,9 @@ impl Cpu {
         })
     }
 
-    fn pending_flag(&self) -> &AtomicU32 {
+    /// The flag by which the shim tells of events while the kernel runs.
+    #[must_use]
+    pub fn pending_flag(&self) -> &'static AtomicU32 {
         // SAFETY: the area lives for ever; shim and kernel access the flag as one word.
         unsafe { AtomicU32::from_ptr(&raw mut (*self.area.as_ptr()).pending) }
     }

@@ -268,7 +268,18 @@ impl Link {
     }
 
     /// Receives until `found` gives something.
-    fn pump<T>(&self, mut found: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
+    fn pump<T>(&self, found: impl FnMut(&mut State) -> Option<T>) -> Result<T> {
+        let mut ticked = false;
+        let result = self.pump_until(found, &mut ticked);
+        self.events.resume(ticked);
+        result
+    }
+
+    fn pump_until<T>(
+        &self,
+        mut found: impl FnMut(&mut State) -> Option<T>,
+        ticked: &mut bool,
+    ) -> Result<T> {
         let source = self.stream.source();
         let mut events = [Event::default(); 64];
         loop {
@@ -291,7 +302,7 @@ impl Link {
                 self.wake();
                 return Err(Errno::EIO);
             }
-            let count = self.host.wait(&mut events, u64::MAX);
+            let count = self.events.wait_inside(&self.host, &mut events, ticked);
             for event in events.iter().take(count) {
                 if event.source == source {
                     self.stream.acknowledge(*event);

@@ -308,3 +308,22 @@ fn without_a_monitor_a_line_is_not_taken() {
     assert!(!link.log("nobody sees it"));
     link.drain();
 }
+
+/// As long as a tick is pending the host does not wait: a request that did not take note of it would keep the processor busy.
+#[test]
+fn a_tick_during_a_request_is_noted_once_and_kept_for_later() {
+    use core::sync::atomic::{AtomicU32, Ordering};
+    let flag: &'static AtomicU32 = alloc::boxed::Box::leak(alloc::boxed::Box::default());
+    let events = Events::new();
+    events.set_pending_flag(flag);
+    let host = Host::new(&crate::host::quiet::TABLE);
+    let mut ticked = false;
+    flag.store(1, Ordering::Relaxed);
+    for _ in 0..2 {
+        events.wait_inside(&host, &mut [Event::default()], &mut ticked);
+        assert!(ticked);
+        assert_eq!(flag.load(Ordering::Relaxed), 0);
+    }
+    events.resume(ticked);
+    assert_eq!(flag.load(Ordering::Relaxed), 1);
+}

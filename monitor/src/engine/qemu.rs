@@ -1,7 +1,7 @@
 //! The engine `qemu`: an image as a virtual machine of QEMU's machine `microvm`.
 //!
 //! QEMU gets the image by name as its kernel, the run's configuration as its initial RAM disk, and descriptors for the rest: the
-//! console (a debug port), the link (a virtio console) and the frames (a virtio network card). Nothing of it needs a privilege,
+//! console (a debug port), the link (a virtio serial port) and the frames (a virtio network card). Nothing of it needs a privilege,
 //! and QEMU confines itself by its own system call filter.
 //!
 //! The same image runs without Kiln, with QEMU's own user network and the serial line as its console:
@@ -249,9 +249,10 @@ fn arguments(
         "-chardev",
         &format!("socket,id=link,fd={link}"),
         "-device",
-        "virtio-serial-device,max_ports=1",
+        // Port 0 would be a console, whose bytes are thrown away when the socket is full.
+        "virtio-serial-device,max_ports=2",
         "-device",
-        "virtconsole,chardev=link",
+        "virtserialport,chardev=link,nr=1",
     ]
     .map(OsString::from)
     .into();

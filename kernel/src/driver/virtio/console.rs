@@ -1,19 +1,37 @@
-//! The virtio console (virtio 1.2, section 5.3) as a byte stream: its first port, without multiport.
+//! The virtio console (virtio 1.2, section 5.3) as a byte stream: its port 1, which is a plain serial port. Port 0 would be a
+//! console, whose bytes QEMU throws away while nobody takes them.
 
 use alloc::{string::String, vec::Vec};
 
 use kiln_abi::host::{Event, MmioDevice};
 use virtio_drivers::transport::{Transport, mmio::MmioTransport};
 
-use super::{Features, Ring, memory::Buffer, open};
+use super::{
+    Features, Ring,
+    memory::{self, Buffer},
+    open,
+};
 use crate::{Errno, Result, link::ByteStream, sync::Mutex};
 
-const RECEIVE: u16 = 0;
-const TRANSMIT: u16 = 1;
-/// Buffers in each ring.
+/// Rings: two of port 0, two for control messages, two of port 1.
+const CONTROL: u16 = 3;
+const RECEIVE: u16 = 4;
+const TRANSMIT: u16 = 5;
+/// The port.
+const PORT: u32 = 1;
+/// Control messages (`struct virtio_console_control`: port, event, value), sent at the start and never again.
+const CONTROLS: usize = 4;
+const DEVICE_READY: u64 = 0;
+const PORT_READY: u64 = 3;
+const PORT_OPEN: u64 = 6;
+/// Buffers for sending.
 const BUFFERS: usize = 8;
-/// Bytes in each buffer.
+/// Bytes in each of them.
 const BUFFER: usize = 8 << 10;
+/// Most buffers for receiving: with enough for the largest usual reply QEMU fills them with no help from here.
+const MOST_RECEIVED: usize = 64;
+/// Bytes in each of them: as many as QEMU moves at a time.
+const RECEIVED: usize = 4 << 10;
 
 /// A console.
 pub struct Console {
@@ -23,7 +41,7 @@ pub struct Console {
 
 struct Port {
     transport: MmioTransport<'static>,
-    receive: Ring<BUFFERS>,
+    receive: Ring<MOST_RECEIVED>,
     received: Vec<Buffer>,
     /// The buffer that is being emptied: its index, the bytes taken and the bytes in it.
     current: Option<(u16, usize, usize)>,
@@ -40,23 +58,43 @@ impl Console {
     /// # Errors
     /// In words, when the device or the devices' memory is not as it should be.
     pub fn new(device: &MmioDevice) -> core::result::Result<Console, String> {
-        let (mut transport, _) = open(device, Features::VERSION_1)?;
+        let wanted = Features::VERSION_1 | Features::CONSOLE_MULTIPORT;
+        let (mut transport, features) = open(device, wanted)?;
+        if !features.contains(Features::CONSOLE_MULTIPORT) {
+            return Err(String::from(
+                "the virtio console has no port for the link to the monitor",
+            ));
+        }
+        let mut control = Ring::<CONTROLS>::new(&mut transport, CONTROL)?;
         let receive = Ring::new(&mut transport, RECEIVE)?;
         let transmit = Ring::new(&mut transport, TRANSMIT)?;
         transport.finish_init();
-        let buffers = || {
-            (0..BUFFERS)
-                .map(|_| Buffer::new(BUFFER))
+        // Nothing that the device answers is of interest: it gets no buffers for that, and keeps it to itself.
+        control.interrupts(false);
+        for (index, (identifier, event)) in
+            (0..).zip([(0, DEVICE_READY), (PORT, PORT_READY), (PORT, PORT_OPEN)])
+        {
+            let mut buffer = Buffer::new(8).ok_or("too little memory for the link's buffers")?;
+            let message = u64::from(identifier) | event << 32 | 1 << 48;
+            buffer.bytes_mut().copy_from_slice(&message.to_le_bytes());
+            control.add_filled(index, &buffer, 8);
+        }
+        control.notify(&mut transport);
+        let buffers = |count: usize, length: usize| {
+            (0..count)
+                .map(|_| Buffer::new(length))
                 .collect::<Option<Vec<_>>>()
                 .ok_or_else(|| String::from("too little memory for the link's buffers"))
         };
+        // A quarter of the memory, of which the network card needs the most.
+        let received = (memory::left() / 4 / RECEIVED).clamp(BUFFERS, MOST_RECEIVED);
         let mut port = Port {
             transport,
             receive,
-            received: buffers()?,
+            received: buffers(received, RECEIVED)?,
             current: None,
             transmit,
-            to_send: buffers()?,
+            to_send: buffers(BUFFERS, BUFFER)?,
             lengths: [0; BUFFERS],
             free: (0..BUFFERS as u16).rev().collect(),
         };

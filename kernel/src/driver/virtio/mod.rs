@@ -42,6 +42,8 @@ bitflags! {
     /// Features that are asked for. Those of the rings (event indexes, indirect descriptors) would save nothing here.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Features: u64 {
+        /// Console: it has several ports.
+        const CONSOLE_MULTIPORT = 1 << 1;
         /// Network: the device says how large a packet may be.
         const NETWORK_MTU = 1 << 3;
         /// Network: the device has an Ethernet address.
