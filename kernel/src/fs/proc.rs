@@ -98,15 +98,17 @@ fn setting(value: u64) -> Arc<dyn Inode> {
 /// The root directory.
 #[must_use]
 pub fn root(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
+    // What the C library asks of each program that starts: /proc/self/exe.
+    let first: Entries = vec![
+        ("self", TextLink::inode(ORIGIN, || Ok(String::from("1")))),
+        ("1", process_directory(kernel)),
+    ];
     let kernel = Arc::clone(kernel);
-    TextDirectory::later(ORIGIN, move || make_root(&kernel))
+    TextDirectory::later(ORIGIN, first, move || make_root(&kernel))
 }
 
 fn make_root(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
-    let main = process_directory(kernel);
     let entries: Entries = vec![
-        ("self", TextLink::inode(ORIGIN, || Ok(String::from("1")))),
-        ("1", main),
         ("cpuinfo", text(kernel, cpuinfo)),
         ("meminfo", text(kernel, meminfo)),
         ("stat", text(kernel, system_stat)),
@@ -159,7 +161,7 @@ fn make_root(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
         ("sysrq-trigger", TextFile::trigger(ORIGIN, system_request)),
         ("sys", {
             let kernel = Arc::clone(kernel);
-            TextDirectory::later(ORIGIN, move || settings(&kernel))
+            TextDirectory::later(ORIGIN, Vec::new(), move || settings(&kernel))
         }),
     ];
     TextDirectory::inode(ORIGIN, entries)
@@ -534,6 +536,13 @@ fn uptime(kernel: &Kernel, text: &mut String) {
 }
 
 fn process_directory(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
+    let first = vec![("exe", executable(kernel))];
+    let kernel = Arc::clone(kernel);
+    TextDirectory::later(ORIGIN, first, move || process_files(&kernel))
+}
+
+/// All of `/proc/1` but `exe`.
+fn process_files(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
     let mut entries = thread_files(kernel, None);
     let (for_fd, for_info, for_task) = (Arc::clone(kernel), Arc::clone(kernel), Arc::clone(kernel));
     entries.extend([
@@ -555,7 +564,28 @@ fn process_directory(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
     directory(entries)
 }
 
-/// Files that both `/proc/1` and `/proc/1/task/N` have.
+/// The link to the program.
+fn executable(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
+    let (text, jump) = (Arc::clone(kernel), Arc::clone(kernel));
+    TextLink::magic(
+        ORIGIN,
+        move || Ok(process(&text)?.program.clone()),
+        move || {
+            let process = process(&jump)?;
+            let root = jump.root.get().ok_or(Errno::ENOENT)?;
+            let view = super::vfs::View {
+                root: root.clone(),
+                working_directory: root.clone(),
+                identity: super::vfs::Identity::default(),
+                umask: 0,
+            };
+            let walk = view.find(root, &process.program, super::vfs::Resolve::FOLLOW)?;
+            Ok(walk.location())
+        },
+    )
+}
+
+/// Files that both `/proc/1` and `/proc/1/task/N` have, beside `exe`.
 fn thread_files(kernel: &Arc<Kernel>, thread: Option<u32>) -> Entries {
     let (comm_get, comm_set) = (Arc::clone(kernel), Arc::clone(kernel));
     let (for_stat, for_status) = (Arc::clone(kernel), Arc::clone(kernel));
@@ -569,31 +599,11 @@ fn thread_files(kernel: &Arc<Kernel>, thread: Option<u32>) -> Entries {
             move || Ok(pick(process(&jump)?)),
         )
     };
-    let (exe_text, exe_jump) = (Arc::clone(kernel), Arc::clone(kernel));
     let bytes = |make: fn(&Process) -> Vec<u8>| {
         let kernel = Arc::clone(kernel);
         TextFile::inode(ORIGIN, move || Ok(make(process(&kernel)?)))
     };
     vec![
-        (
-            "exe",
-            TextLink::magic(
-                ORIGIN,
-                move || Ok(process(&exe_text)?.program.clone()),
-                move || {
-                    let process = process(&exe_jump)?;
-                    let root = exe_jump.root.get().ok_or(Errno::ENOENT)?;
-                    let view = super::vfs::View {
-                        root: root.clone(),
-                        working_directory: root.clone(),
-                        identity: super::vfs::Identity::default(),
-                        umask: 0,
-                    };
-                    let walk = view.find(root, &process.program, super::vfs::Resolve::FOLLOW)?;
-                    Ok(walk.location())
-                },
-            ),
-        ),
         (
             "cwd",
             place(|process| process.file_system.lock().working_directory.clone()),
@@ -961,6 +971,7 @@ fn mounts(kernel: &Kernel, text: &mut String) {
     let Some(root) = kernel.root.get() else {
         return;
     };
+    root.mount().catch_up();
     for mount in root.mount().all() {
         let access = if mount.read_only { "ro" } else { "rw" };
         put(
@@ -977,6 +988,7 @@ fn mountinfo(kernel: &Kernel, text: &mut String) {
     let Some(root) = kernel.root.get() else {
         return;
     };
+    root.mount().catch_up();
     let mounts = root.mount().all();
     for mount in &mounts {
         // The mount with the longest path above it.
@@ -1098,7 +1110,9 @@ impl Names for Tasks {
     fn lookup(&self, name: &str) -> Result<Arc<dyn Inode>> {
         let id: u32 = name.parse().map_err(|_| Errno::ENOENT)?;
         process(&self.0)?.thread(id).map_err(|_| Errno::ENOENT)?;
-        Ok(directory(thread_files(&self.0, Some(id))))
+        let mut files = thread_files(&self.0, Some(id));
+        files.push(("exe", executable(&self.0)));
+        Ok(directory(files))
     }
 
     fn list(&self) -> Vec<(String, Kind)> {

@@ -281,15 +281,17 @@ impl TextDirectory {
         })
     }
 
-    /// A directory that is made when it is first looked into: a program looks into few, and each start counts.
+    /// A directory of which most is made when somebody first asks for more than `first`: a program looks into few, and each
+    /// start counts.
     #[must_use]
     pub fn later(
         origin: Origin,
+        first: Vec<(&'static str, Arc<dyn Inode>)>,
         make: impl Fn() -> Arc<dyn Inode> + Send + Sync + 'static,
     ) -> Arc<dyn Inode> {
         TextDirectory::with_names(
             origin,
-            Vec::new(),
+            first,
             Later {
                 make,
                 made: spin::Once::new(),
@@ -486,7 +488,7 @@ mod tests {
             )
         };
         check_listing(&make());
-        check_listing(&TextDirectory::later(ORIGIN, make));
+        check_listing(&TextDirectory::later(ORIGIN, Vec::new(), make));
     }
 
     fn check_listing(directory: &Arc<dyn Inode>) {

@@ -29,7 +29,7 @@ fn text(text: &'static str) -> Arc<dyn Inode> {
 /// The root directory.
 #[must_use]
 pub fn root(_: &Arc<Kernel>) -> Arc<dyn Inode> {
-    TextDirectory::later(ORIGIN, make_root)
+    TextDirectory::later(ORIGIN, vec![], make_root)
 }
 
 fn make_root() -> Arc<dyn Inode> {

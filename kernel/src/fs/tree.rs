@@ -103,6 +103,9 @@ impl Devices for DeviceTable {
     }
 }
 
+/// Directories whose files the kernel makes when somebody looks for them.
+const LATER: &[&str] = &["dev", "etc"];
+
 /// Carries the requests of one volume over the link.
 struct VolumeTransport {
     link: Arc<Link>,
@@ -174,47 +177,25 @@ pub fn start(kernel: &Arc<Kernel>) -> Result<Location> {
     }
     tree.mount("/proc", "proc", "proc", false, proc::root(kernel))?;
     tree.mount("/sys", "sysfs", "sysfs", true, sys::root(kernel))?;
-    tree.mount(
-        "/dev",
-        "devtmpfs",
-        "devtmpfs",
-        false,
+    let (devices, shared) = (
         Tmpfs::empty(parts(6), 0o755),
-    )?;
-    for &(name, major, minor, permissions) in DEVICES {
-        let device = device_number(major, minor);
-        tree.make(
-            &format!("/dev/{name}"),
-            Kind::CharacterDevice,
-            permissions,
-            "",
-            device,
-        )?;
-    }
-    for &(name, target) in DEVICE_LINKS {
-        tree.make(
-            &format!("/dev/{name}"),
-            Kind::SymbolicLink,
-            0o777,
-            target,
-            0,
-        )?;
-    }
-    tree.make_directory("/dev/shm", 0o1777)?;
-    tree.mount(
-        "/dev/shm",
-        "tmpfs",
-        "tmpfs",
-        false,
         Tmpfs::empty(parts(22), 0o1777),
-    )?;
-    tree.write_network_files(&kernel.configuration)?;
+    );
+    let later = Arc::clone(kernel);
+    root.mount().put_off(LATER, move || {
+        let Some(tree) = later.files.get() else {
+            return;
+        };
+        if let Err(error) = tree.furnish(devices, shared, &later.configuration) {
+            trace::error!("the kernel's files in /dev and /etc cannot be made: {error}");
+        }
+    });
+    let tree = kernel.files.call_once(|| tree);
     for (index, volume) in kernel.configuration.volumes.iter().enumerate() {
-        mount_volume(kernel, &tree, &clock, index, volume).inspect_err(|error| {
+        mount_volume(kernel, tree, &clock, index, volume).inspect_err(|error| {
             trace::error!("the volume at {} cannot be mounted: {error}", volume.path);
         })?;
     }
-    kernel.files.call_once(|| tree);
     Ok(root)
 }
 
@@ -390,6 +371,27 @@ impl FileTree {
         } else {
             Err(Errno::ENOSPC)
         }
+    }
+
+    /// Makes the files in [`LATER`].
+    fn furnish(
+        &self,
+        devices: Arc<dyn Inode>,
+        shared: Arc<dyn Inode>,
+        run: &RunConfiguration,
+    ) -> Result<()> {
+        self.mount("/dev", "devtmpfs", "devtmpfs", false, devices)?;
+        for &(name, major, minor, permissions) in DEVICES {
+            let (path, device) = (format!("/dev/{name}"), device_number(major, minor));
+            self.make(&path, Kind::CharacterDevice, permissions, "", device)?;
+        }
+        for &(name, target) in DEVICE_LINKS {
+            let path = format!("/dev/{name}");
+            self.make(&path, Kind::SymbolicLink, 0o777, target, 0)?;
+        }
+        self.make_directory("/dev/shm", 0o1777)?;
+        self.mount("/dev/shm", "tmpfs", "tmpfs", false, shared)?;
+        self.write_network_files(run)
     }
 
     fn write_network_files(&self, run: &RunConfiguration) -> Result<()> {

@@ -9,6 +9,7 @@
 //! are found by the inode's address. All file systems here keep to that.
 
 use alloc::{
+    boxed::Box,
     string::{String, ToString},
     sync::{Arc, Weak},
     vec::Vec,
@@ -110,6 +111,14 @@ pub struct Mount {
     children: Mutex<Vec<MountPoint>>,
     /// Locations in this mount that somebody may still hold: a rename changes their paths.
     locations: Mutex<Vec<Weak<Entry>>>,
+    /// Work put off.
+    later: Mutex<Option<Later>>,
+}
+
+/// What is done before somebody goes into a directory of one of some names for the first time.
+struct Later {
+    names: &'static [&'static str],
+    work: Box<dyn FnOnce() + Send + Sync>,
 }
 
 /// What to mount.
@@ -147,7 +156,34 @@ impl Mount {
             root: source.root,
             children: Mutex::new(Vec::new()),
             locations: Mutex::new(Vec::new()),
+            later: Mutex::new(None),
         })
+    }
+
+    /// Puts work off until a path leads to a file of this mount with one of `names`: what most programs never look at need
+    /// not be there when they start.
+    pub fn put_off(
+        &self,
+        names: &'static [&'static str],
+        work: impl FnOnce() + Send + Sync + 'static,
+    ) {
+        let work = Box::new(work);
+        *self.later.lock() = Some(Later { names, work });
+    }
+
+    /// Does the work put off, if it is not done yet. The work itself may walk everywhere.
+    pub fn catch_up(&self) {
+        let later = self.later.lock().take();
+        if let Some(later) = later {
+            (later.work)();
+        }
+    }
+
+    fn is_waited_for(&self, name: &str) -> bool {
+        let later = self.later.lock();
+        later
+            .as_ref()
+            .is_some_and(|later| later.names.contains(&name))
     }
 
     fn mounted_on(&self, inode: &Arc<dyn Inode>) -> Option<Arc<Mount>> {
@@ -466,6 +502,9 @@ impl<'a> Walk<'a> {
     }
 
     fn push(&mut self, name: &str, inode: Arc<dyn Inode>) -> Result<()> {
+        if self.mount().is_waited_for(name) {
+            self.mount().catch_up();
+        }
         let (inode, mount) = match self.mount().mounted_on(&inode) {
             Some(mount) => {
                 if self.flags.contains(Resolve::ONE_MOUNT) {

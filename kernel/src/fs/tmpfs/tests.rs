@@ -541,6 +541,24 @@ fn find(view: &View, path: &str) -> Result<String> {
 }
 
 #[test]
+fn work_put_off_is_done_once_and_before_anybody_sees_what_it_makes() {
+    let view = view(Tmpfs::empty(parts(64), 0o755));
+    make(&view, "/dev", Kind::Directory, "").unwrap();
+    make(&view, "/other", Kind::Directory, "").unwrap();
+    let inside = view.clone();
+    view.root.mount().put_off(&["dev"], move || {
+        make(&inside, "/dev/null", Kind::Regular, "").unwrap();
+    });
+    assert_eq!(find(&view, "/other").unwrap(), "/other");
+    let directory = view.root.inode().lookup("dev").unwrap();
+    assert_eq!(directory.lookup("null").err(), Some(Errno::ENOENT));
+    assert_eq!(find(&view, "other/../dev/null").unwrap(), "/dev/null");
+    view.remove(&view.root, "/dev/null", false).unwrap();
+    view.root.mount().catch_up();
+    assert_eq!(find(&view, "/dev/null"), Err(Errno::ENOENT));
+}
+
+#[test]
 fn paths_resolve_as_in_linux() {
     let mut view = view(Tmpfs::empty(parts(64), 0o755));
     make(&view, "/a", Kind::Directory, "").unwrap();
