@@ -48,6 +48,8 @@ pub enum Command {
     Check(CheckArguments),
     /// Keep directories for programs' data
     Volume(VolumeArguments),
+    /// Start unikernels when somebody asks for them by name, and stop them when nobody does
+    Summon(Box<SummonArguments>),
     /// Show versions, and which engines this machine has
     Version(JsonArguments),
     /// The monitor of an instance in the background
@@ -298,6 +300,147 @@ pub enum VolumeCommand {
         /// Their names
         #[arg(required = true, value_name = "NAME")]
         names: Vec<String>,
+    },
+}
+
+/// `kiln summon`.
+#[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct SummonArguments {
+    /// About a summoner that is at work.
+    #[command(subcommand)]
+    pub command: Option<SummonCommand>,
+    /// To be one.
+    #[command(flatten)]
+    pub serve: ServeArguments,
+}
+
+/// `kiln summon [CONFIG]`.
+#[derive(Args, Debug)]
+pub struct ServeArguments {
+    /// What to summon [default: ./summon.toml, unless there is a --unit]
+    #[arg(value_name = "CONFIG")]
+    pub configuration: Option<PathBuf>,
+    /// Work in the background
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Check the configuration and the sources, and do nothing
+    #[arg(long, conflicts_with = "detach")]
+    pub check: bool,
+    /// One more unit, such as dns=www.example.org,image=site.kiln,port=80
+    #[arg(short, long, value_name = "KEY=VALUE,...")]
+    pub unit: Vec<String>,
+    /// Where the name server listens [default: 127.0.0.1:53]
+    #[arg(short, long, value_name = "ADDRESS:PORT")]
+    pub listen: Vec<String>,
+    /// Who is asked about other names: a name server, system or none [default: system]
+    #[arg(long, value_name = "ADDRESS")]
+    pub forward: Vec<String>,
+    /// Whose questions about other names are passed on [default: this machine's loopback]
+    #[arg(long, value_name = "NETWORK")]
+    pub forward_for: Vec<String>,
+    /// Names below this one that no unit has do not exist
+    #[arg(long, value_name = "DOMAIN")]
+    pub zone: Vec<String>,
+    /// How long answers may be kept, in seconds [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub ttl: Option<String>,
+    /// Where units get their addresses from [default: 127.78.0.0/16]
+    #[arg(long, value_name = "NETWORK")]
+    pub pool: Option<String>,
+    /// Where units get IPv6 addresses from
+    #[arg(long, value_name = "NETWORK")]
+    pub pool6: Option<String>,
+    /// Add the units' addresses to this interface, such as a bridge
+    #[arg(long, value_name = "NAME")]
+    pub interface: Option<String>,
+    /// Serve numbers for Prometheus here
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics: Option<String>,
+    /// Most units that run at once
+    #[arg(long, value_name = "NUMBER")]
+    pub max_running: Option<String>,
+    /// Most memory of all running units
+    #[arg(long, value_name = "SIZE")]
+    pub max_memory: Option<String>,
+    /// How the log is written
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// What is logged: error, warn, info or debug
+    #[arg(long, default_value = "info")]
+    pub log_level: String,
+    /// In the background: tell the command that waits, on standard output
+    #[arg(long, hide = true)]
+    pub detached: bool,
+}
+
+/// `--log-format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// A JSON object a line
+    Json,
+}
+
+/// The verbs of `kiln summon`.
+#[derive(Debug, Subcommand)]
+pub enum SummonCommand {
+    /// List units: whether they run, who asked, how fast they came
+    Ps {
+        /// For machines
+        #[arg(long)]
+        json: bool,
+        /// Again every second
+        #[arg(short, long)]
+        watch: bool,
+    },
+    /// Start units now
+    Start {
+        /// The units
+        #[arg(required = true, value_name = "UNIT")]
+        names: Vec<String>,
+    },
+    /// Stop units now; the next query starts them again
+    Stop {
+        /// The units
+        #[arg(required = true, value_name = "UNIT")]
+        names: Vec<String>,
+    },
+    /// Add a unit, which stays until it is removed
+    Add {
+        /// Such as dns=www.example.org,image=site.kiln,port=80
+        #[arg(value_name = "KEY=VALUE,...")]
+        unit: String,
+    },
+    /// Remove units that were added
+    Rm {
+        /// The units
+        #[arg(required = true, value_name = "UNIT")]
+        names: Vec<String>,
+    },
+    /// Read the configuration again
+    Reload,
+    /// Show the last summons of a unit, step by step
+    Trace {
+        /// All that are kept
+        #[arg(short, long)]
+        all: bool,
+        /// For machines
+        #[arg(long)]
+        json: bool,
+        /// Write a trace file for Perfetto or chrome://tracing
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// The unit
+        #[arg(value_name = "UNIT")]
+        name: String,
+    },
+    /// End the summoner and its units
+    Down {
+        /// Leave the units running for the next summoner
+        #[arg(long)]
+        keep: bool,
     },
 }
 

@@ -14,6 +14,7 @@ mod images;
 mod instances;
 mod run;
 mod source;
+mod summon;
 mod text;
 mod volumes;
 
@@ -47,6 +48,7 @@ fn execute(command: Command) -> Result<ExitCode, Failure> {
         Command::Check(arguments) => check::check(&arguments),
         Command::Volume(arguments) => volumes::volume(&arguments),
         Command::Version(arguments) => images::version(&arguments),
+        Command::Summon(arguments) => summon::summon(arguments.as_ref()),
         Command::Monitor(arguments) => run::monitor(&arguments),
     }
 }

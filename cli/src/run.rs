@@ -2,6 +2,7 @@
 //!
 //! In the background, the command makes the instance's folder and hands it to a monitor (`kiln_monitor::launch`).
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use kiln_abi::configuration::RunConfiguration;
@@ -34,42 +35,22 @@ const MACHINE_MEMORY: u64 = 8 << 20;
 /// `kiln run`.
 pub fn run(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     let state = StateDirectory::from_environment()?;
-    // Everything that can be wrong in the options is said before anything is built.
     if let Some(name) = &arguments.name
         && state.exists(&parse_name(name)?)
     {
         return Err(state.name_taken(name).into());
     }
-    let choice = choice::choose(arguments.engine.map(|engine| engine.as_str()))?;
-    let mut configuration = configure(arguments, &choice, &state)?;
-    let Resolved { image, path } = resolve(
-        &state,
-        &arguments.source,
-        &arguments.include,
-        !arguments.no_rewrite,
-    )?;
-    let manifest = image.manifest();
-    let piece = |extent: kiln_image::file::Extent| Piece {
-        offset: extent.offset,
-        length: extent.length,
-    };
-    configuration.image = ImageReference {
-        name: manifest.name.clone(),
-        path,
-        pieces: Pieces {
-            kernel: piece(image.kernel()),
-            program: piece(image.program_extent()),
-            root: piece(image.root()),
-        },
-    };
-    if arguments.memory.is_none() {
-        configuration.memory = manifest.memory.max(SMALLEST_MEMORY);
-    }
-    check_memory(&configuration, &choice)?;
+    let Prepared {
+        mut configuration,
+        choice,
+        manifest,
+    } = prepare(arguments, &state, &mut |source, include, rewrite| {
+        packed(&state, source, include, rewrite)
+    })?;
     if arguments.engine.is_none() {
         eprintln!("kiln: engine {} ({})", choice.engine.name(), choice.reason);
     }
-    hint_at_ports(manifest, &configuration);
+    hint_at_ports(&manifest, &configuration);
     if configuration.name.is_empty() {
         configuration.name = names::choose(|name| state.exists(name));
     }
@@ -82,6 +63,76 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, Failure> {
     } else {
         foreground(instance, &choice, arguments)
     }
+}
+
+/// An image, ready to run.
+#[derive(Clone)]
+pub struct Packed {
+    reference: ImageReference,
+    manifest: Manifest,
+}
+
+/// Opens or builds the image of a source.
+pub fn packed(
+    state: &StateDirectory,
+    source: &Path,
+    include: &[String],
+    rewrite: bool,
+) -> Result<Packed, Failure> {
+    let Resolved { image, path } = resolve(state, source, include, rewrite)?;
+    let manifest = image.manifest().clone();
+    let piece = |extent: kiln_image::file::Extent| Piece {
+        offset: extent.offset,
+        length: extent.length,
+    };
+    let reference = ImageReference {
+        name: manifest.name.clone(),
+        path,
+        pieces: Pieces {
+            kernel: piece(image.kernel()),
+            program: piece(image.program_extent()),
+            root: piece(image.root()),
+        },
+    };
+    Ok(Packed {
+        reference,
+        manifest,
+    })
+}
+
+/// What a run needs, but a name.
+pub struct Prepared {
+    /// The instance; its name and host name may be missing.
+    pub configuration: InstanceConfiguration,
+    /// The engine.
+    pub choice: Choice,
+    /// The image's manifest.
+    pub manifest: Manifest,
+}
+
+/// Checks the options of a run and finds or builds its image with `pack`. Everything that can be wrong in the options is
+/// said before anything is built.
+pub fn prepare(
+    arguments: &RunArguments,
+    state: &StateDirectory,
+    pack: &mut dyn FnMut(&Path, &[String], bool) -> Result<Packed, Failure>,
+) -> Result<Prepared, Failure> {
+    let choice = choice::choose(arguments.engine.map(|engine| engine.as_str()))?;
+    let mut configuration = configure(arguments, &choice, state)?;
+    let Packed {
+        reference,
+        manifest,
+    } = pack(&arguments.source, &arguments.include, !arguments.no_rewrite)?;
+    configuration.image = reference;
+    if arguments.memory.is_none() {
+        configuration.memory = manifest.memory.max(SMALLEST_MEMORY);
+    }
+    check_memory(&configuration, &choice)?;
+    Ok(Prepared {
+        configuration,
+        choice,
+        manifest,
+    })
 }
 
 /// The configuration as far as the options say it: image and default memory are filled in later.

@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::configuration::Unit;
 use crate::timeline::Timeline;
 use crate::unit::Status;
 
@@ -31,7 +30,12 @@ pub enum Request {
     /// End units now.
     Stop(Vec<String>),
     /// One more unit, kept until it is removed.
-    Add(Box<Unit>),
+    Add {
+        /// As `--unit` takes it.
+        unit: String,
+        /// The directory that paths in it are relative to.
+        directory: PathBuf,
+    },
     /// Remove units that were added.
     Rm(Vec<String>),
     /// Read the configuration again.

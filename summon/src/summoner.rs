@@ -697,7 +697,17 @@ impl Summoner {
             }),
             Request::Start(names) => self.tell(&names, Event::Start),
             Request::Stop(names) => self.tell(&names, Event::Stop),
-            Request::Add(unit) => self.add(*unit).await,
+            Request::Add { unit, directory } => {
+                let unit = self.configuration.parse_unit(&unit, &directory);
+                match unit {
+                    Ok(unit) => self.add(unit).await,
+                    Err(problems) => Err(Error {
+                        message: problems.to_string(),
+                        help: None,
+                        input: true,
+                    }),
+                }
+            }
             Request::Rm(names) => self.remove(&names).await,
             Request::Reload => self.reload().await.map(|()| Answer::Done),
             Request::Trace(name) => self.trace(&name),
