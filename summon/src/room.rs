@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use crate::metrics::Metrics;
 use crate::unit::machine::Event;
 use crate::unit::{Handle, Unit};
 
@@ -32,12 +33,10 @@ struct Taken {
 }
 
 /// Room for instances.
-#[derive(Default)]
 pub struct Room {
     taken: Mutex<Taken>,
     freed: Notify,
-    /// Told of each unit that was asked to end.
-    evicted: std::sync::atomic::AtomicU64,
+    metrics: Arc<Metrics>,
 }
 
 /// A place in the room; dropping it frees the place.
@@ -88,6 +87,16 @@ impl Taken {
 }
 
 impl Room {
+    /// Room without ceilings. Units that have to make room are counted.
+    #[must_use]
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        Self {
+            taken: Mutex::default(),
+            freed: Notify::new(),
+            metrics,
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Taken> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -105,12 +114,6 @@ impl Room {
         taken
             .units
             .insert(unit.name().to_owned(), Arc::downgrade(unit));
-    }
-
-    /// How many units were asked to end to make room.
-    #[must_use]
-    pub fn evictions(&self) -> u64 {
-        self.evicted.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// Memory of all that run.
@@ -151,8 +154,7 @@ impl Room {
                 })?
             };
             tracing::info!(unit, victim = victim.name(), "making room");
-            self.evicted
-                .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            self.metrics.evictions.inc();
             asked.push(victim.name().to_owned());
             victim.event(Event::Evict);
             let waiting = async {

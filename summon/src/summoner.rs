@@ -37,11 +37,14 @@ use crate::metrics::{self, Metrics};
 use crate::room::{Ceilings, Room};
 use crate::store::{Change, Statistics, Store};
 use crate::unit::machine::{Event, State};
-use crate::unit::runner::{Adopted, Runner, Shared};
+use crate::unit::runner::{Adopted, Runner, Shared, write_changes};
 use crate::unit::{Handle, Prepared};
 
 /// How long the end of all units may take when the summoner ends.
 const END_PATIENCE: Duration = Duration::from_secs(60);
+/// How long `ps` waits for units to say how busy they are.
+const LOOK_PATIENCE: Duration = Duration::from_millis(200);
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// How often it is looked whether they have ended.
 const END_LOOK: Duration = Duration::from_millis(10);
 
@@ -175,10 +178,17 @@ impl Summoner {
             .map_err(|error| Error::plain(error.to_string()))?;
         let counted = dns.clone();
         let metrics = Arc::new(Metrics::new(move || counted.statistics()));
+        let (writer, changes) = std::sync::mpsc::channel();
+        let written = Arc::clone(&store);
+        std::thread::Builder::new()
+            .name("store".to_owned())
+            .spawn(move || write_changes(&written, &changes))
+            .map_err(Error::io("start the store's thread"))?;
         let shared = Arc::new(Shared {
             state,
-            room: Arc::new(Room::default()),
+            room: Arc::new(Room::new(Arc::clone(&metrics))),
             store,
+            writer,
             metrics,
             children: Mutex::default(),
         });
@@ -645,6 +655,8 @@ impl Summoner {
         }
         self.addresses.clear();
         let _ = std::fs::remove_file(self.directory.join(control::SOCKET));
+        let shared = Arc::clone(&self.shared);
+        let _ = tokio::task::spawn_blocking(move || shared.write_all()).await;
         Ok(())
     }
 
@@ -686,15 +698,18 @@ impl Summoner {
 
     async fn command(&mut self, request: Request) -> Answer {
         let outcome = match request {
-            Request::Ps => Ok(Answer::Units {
-                units: self
-                    .entries
-                    .values()
-                    .filter(|entry| !(entry.leaving && entry.unit.state() == State::Gone))
-                    .map(|entry| entry.unit.status(&entry.prepared))
-                    .collect(),
-                listen: self.dns.local_addresses().to_vec(),
-            }),
+            Request::Ps => {
+                self.look().await;
+                Ok(Answer::Units {
+                    units: self
+                        .entries
+                        .values()
+                        .filter(|entry| !(entry.leaving && entry.unit.state() == State::Gone))
+                        .map(|entry| entry.unit.status(&entry.prepared))
+                        .collect(),
+                    listen: self.dns.local_addresses().to_vec(),
+                })
+            }
             Request::Start(names) => self.tell(&names, Event::Start),
             Request::Stop(names) => self.tell(&names, Event::Stop),
             Request::Add { unit, directory } => {
@@ -718,6 +733,23 @@ impl Summoner {
             help: error.help,
             input: error.input,
         })
+    }
+
+    /// Has all units look how busy they are, and gives them a moment for it.
+    async fn look(&self) {
+        let asked: Vec<_> = self
+            .entries
+            .values()
+            .filter(|entry| entry.unit.state() == (State::Ready { asked: None }))
+            .map(|entry| &entry.unit)
+            .collect();
+        for unit in &asked {
+            unit.event(Event::Look);
+        }
+        let end = Instant::now() + LOOK_PATIENCE;
+        while !asked.iter().all(|unit| unit.settled()) && Instant::now() < end {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     fn entry(&self, name: &str) -> Result<&Entry, Error> {

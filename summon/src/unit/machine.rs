@@ -117,6 +117,8 @@ pub enum Event {
     Suspended,
     /// The instance goes on.
     Resumed,
+    /// Somebody wants to see how busy it is.
+    Look,
     /// The time of [`Machine::deadline`] has come.
     Tick,
     /// Its configuration has changed.
@@ -445,6 +447,14 @@ impl Machine {
                     self.interest = now;
                     self.sample.0 = now;
                     self.state = State::Ready { asked: None };
+                }
+            }
+            Event::Look => {
+                if self.state == (State::Ready { asked: None }) {
+                    self.state = State::Ready {
+                        asked: Some(Check::Sample),
+                    };
+                    actions.push(Action::Sample);
                 }
             }
             Event::Tick => self.tick(now, &mut actions),

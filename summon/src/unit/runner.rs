@@ -98,6 +98,8 @@ pub struct Shared {
     pub room: Arc<Room>,
     /// What survives.
     pub store: Arc<Store>,
+    /// To the thread that writes to it.
+    pub writer: std::sync::mpsc::Sender<Write>,
     /// Numbers.
     pub metrics: Arc<Metrics>,
     /// Monitors that this process has started and must wait for.
@@ -113,14 +115,47 @@ impl Shared {
             .retain_mut(|child| matches!(child.try_wait(), Ok(None)));
     }
 
-    /// Writes to the store, beside everything else.
-    pub fn remember(&self, changes: Vec<Change>) {
-        let store = Arc::clone(&self.store);
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = store.write(&changes) {
-                tracing::error!("{error}");
+    /// Has a change written to the store, beside everything else.
+    pub fn remember(&self, change: Change) {
+        // The thread ends after all who could send.
+        let _ = self.writer.send(Write::Change(Box::new(change)));
+    }
+
+    /// Returns when all changes so far are written. Blocks.
+    pub fn write_all(&self) {
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        if self.writer.send(Write::Flush(sender)).is_ok() {
+            let _ = receiver.recv();
+        }
+    }
+}
+
+/// For the thread that writes to the store.
+#[derive(Debug)]
+pub enum Write {
+    /// Something to write.
+    Change(Box<Change>),
+    /// Tell when everything before this is written.
+    Flush(std::sync::mpsc::SyncSender<()>),
+}
+
+/// Writes changes until all who send them are gone; what has come meanwhile goes into one transaction.
+pub fn write_changes(store: &Store, writes: &std::sync::mpsc::Receiver<Write>) {
+    while let Ok(first) = writes.recv() {
+        let mut changes = Vec::new();
+        let mut waiting = Vec::new();
+        for write in std::iter::once(first).chain(writes.try_iter()) {
+            match write {
+                Write::Change(change) => changes.push(*change),
+                Write::Flush(waiter) => waiting.push(waiter),
             }
-        });
+        }
+        if let Err(error) = store.write(&changes) {
+            tracing::error!("{error}");
+        }
+        for waiter in waiting {
+            let _ = waiter.send(());
+        }
     }
 }
 
@@ -596,7 +631,11 @@ impl Runner {
                     self.unit.event(Event::NotStarted);
                     return;
                 }
+                if let Some(timeline) = &mut self.unit.lock().timeline {
+                    timeline.instance.clone_from(&self.unit.name);
+                }
                 self.note(Mark::Started, now_microseconds());
+                self.count_memory();
                 if std::mem::take(&mut self.end_launched) {
                     self.kill().await;
                 } else {
@@ -647,6 +686,11 @@ impl Runner {
         if self.running.is_some() {
             self.ask(Request::Watch, Asked::Other).await;
         }
+    }
+
+    fn count_memory(&self) {
+        let memory = i64::try_from(self.shared.room.memory()).unwrap_or(i64::MAX);
+        self.shared.metrics.memory.set(memory);
     }
 
     fn note(&self, mark: Mark, at: u64) {
@@ -820,14 +864,13 @@ impl Runner {
         }
         self.unit.event(Event::Ready);
         self.shared
-            .remember(vec![Change::Statistics(self.unit.name.clone(), statistics)]);
+            .remember(Change::Statistics(self.unit.name.clone(), statistics));
     }
 
     /// The present summons has come to its end: it is kept.
     fn finish_timeline(&self) {
         if let Some(timeline) = self.unit.timeline() {
-            self.shared
-                .remember(vec![Change::Timeline(Box::new(timeline))]);
+            self.shared.remember(Change::Timeline(Box::new(timeline)));
         }
     }
 
@@ -854,6 +897,8 @@ impl Runner {
             running.ending = true;
             running.force = Some((Instant::now() + grace, Force::Kill));
         }
+        // Nobody is accepted any more by a program that ends: who comes waits for the next instance.
+        self.ask(Request::Pause, Asked::Other).await;
         self.ask(Request::Signal(SIGTERM), Asked::Other).await;
     }
 
@@ -909,8 +954,9 @@ impl Runner {
         drop(core);
         self.finish_timeline();
         self.shared
-            .remember(vec![Change::Statistics(self.unit.name.clone(), statistics)]);
+            .remember(Change::Statistics(self.unit.name.clone(), statistics));
         drop(running);
+        self.count_memory();
         self.unit.event(Event::Ended { crashed });
     }
 

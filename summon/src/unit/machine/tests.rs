@@ -47,6 +47,7 @@ enum Happening {
     StartCommand,
     StopCommand,
     Evict,
+    Look,
     BecomesReady,
     CannotStart,
     Crashes,
@@ -75,6 +76,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::StartCommand),
         1 => Just(Happening::StopCommand),
         1 => Just(Happening::Evict),
+        1 => Just(Happening::Look),
         5 => Just(Happening::BecomesReady),
         1 => Just(Happening::CannotStart),
         1 => Just(Happening::Crashes),
@@ -239,6 +241,7 @@ impl World {
             Happening::StartCommand => self.event(Event::Start),
             Happening::StopCommand => self.event(Event::Stop),
             Happening::Evict => self.event(Event::Evict),
+            Happening::Look => self.event(Event::Look),
             Happening::BecomesReady => {
                 if self.instance && !self.ready && !self.stopped {
                     self.ready = true;
