@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -276,7 +277,9 @@ struct Monitor<'a> {
     asking_deadline: Option<Instant>,
     /// Sockets that are held for published ports of `--net direct`.
     held: Vec<(usize, OwnedFd)>,
-    /// Rung by the network when somebody wants a suspended instance.
+    /// The network has passed the first byte on to a client.
+    answered: Arc<AtomicBool>,
+    /// Rung by the network for that, and when somebody wants a suspended instance.
     news: Arc<OwnedFd>,
     /// A session has asked to accept nothing.
     paused: bool,
@@ -309,6 +312,7 @@ impl<'a> Monitor<'a> {
             .map_err(Error::io("make the event loop"))?;
         let news = Arc::new(news);
         let mut held = Vec::new();
+        let answered = Arc::new(AtomicBool::new(false));
         let (network, sockets) = match &configuration.network {
             NetworkMode::None => (Network::None, None),
             NetworkMode::Socket => {
@@ -330,6 +334,11 @@ impl<'a> Monitor<'a> {
                 };
                 let bell = Arc::clone(&news);
                 plan.wake = Some(Arc::new(move || {
+                    let _ = rustix::io::write(&*bell, &1u64.to_ne_bytes());
+                }));
+                let (bell, told) = (Arc::clone(&news), Arc::clone(&answered));
+                plan.answered = Some(Arc::new(move || {
+                    told.store(true, Ordering::Release);
                     let _ = rustix::io::write(&*bell, &1u64.to_ne_bytes());
                 }));
                 let sockets = std::mem::take(&mut setting.held);
@@ -449,6 +458,7 @@ impl<'a> Monitor<'a> {
             asking: Vec::new(),
             asking_deadline: None,
             held,
+            answered,
             news,
             paused: false,
             suspended: false,
@@ -642,6 +652,9 @@ impl<'a> Monitor<'a> {
             wake::SESSION => self.hear(number)?,
             wake::NEWS => {
                 let _ = rustix::io::read(&*self.news, &mut [0; 8]);
+                if self.answered.swap(false, Ordering::Acquire) {
+                    self.tell(Event::Answered);
+                }
                 self.resume()?;
             }
             wake::LISTENER => {

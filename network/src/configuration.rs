@@ -72,6 +72,8 @@ pub struct NetworkConfiguration {
     pub dhcp: bool,
     /// What wakes a suspended guest; without it [`crate::UserNetwork::suspend`] refuses.
     pub wake: Option<Wake>,
+    /// Called once, when the first byte has gone to a client of a published port.
+    pub answered: Option<Wake>,
     /// Lets the guest reach the host's own 127.0.0.1 and ::1 by the gateway's addresses.
     pub allow_host_loopback: bool,
     /// Name servers to forward to; None for those of `/etc/resolv.conf`.
@@ -103,6 +105,7 @@ impl NetworkConfiguration {
             listens_told: false,
             dhcp: false,
             wake: None,
+            answered: None,
             allow_host_loopback: false,
             resolvers: None,
             lookup: None,

@@ -1235,6 +1235,12 @@ impl Gateway {
             Stage::Open => {}
         }
         let outcome = splice.pump(&mut self.stack, &mut self.moved);
+        if splice.answered
+            && splice.port.is_some()
+            && let Some(tell) = self.configuration.answered.take()
+        {
+            tell();
+        }
         if outcome != Outcome::Open {
             self.end(index, outcome);
         }

@@ -29,6 +29,8 @@ pub(crate) struct Splice {
     /// None while the guest has not been asked yet.
     pub(crate) guest: Option<SocketId>,
     pub(crate) stage: Stage,
+    /// The guest has sent something.
+    pub(crate) answered: bool,
     /// The guest's port that it is for (its place in the gateway's list), if it came in.
     pub(crate) port: Option<u32>,
     pub(crate) since: Moment,
@@ -63,6 +65,7 @@ impl Splice {
             host,
             guest: None,
             stage,
+            answered: false,
             port: None,
             since,
             readable: true,
@@ -153,6 +156,7 @@ impl Splice {
             });
             match (received, result) {
                 (Ok(_), Some((Ok(sent), offered))) => {
+                    self.answered = true;
                     *moved += sent as u64;
                     if sent < offered {
                         self.writable = false;
