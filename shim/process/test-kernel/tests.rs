@@ -494,7 +494,7 @@ fn kernel_faults(boot: &'static BootInformation) {
     );
     check(
         boot,
-        machine.store_faults(boot.manifest.start),
+        machine.store_faults(boot.program.start),
         "manifest",
         &[],
     );

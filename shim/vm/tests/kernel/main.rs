@@ -223,7 +223,7 @@ extern "C" fn kernel_main(information: &'static BootInformation) -> ! {
         "boot information",
         information.magic == BOOT_MAGIC,
         information.version == VERSION,
-        text(information.manifest) == b"a manifest",
+        text(information.program) == b"a program",
         text(information.configuration).starts_with(b"{\"realtime\":"),
         text(information.root).len() == 5000,
         text(information.root)
