@@ -761,9 +761,9 @@ impl Reader<'_> {
         let bytes = self.read(directory, "the directory")?;
         match bytes.first_chunk() {
             Some(magic) if *magic == DIRECTORY_MAGIC.to_le_bytes() => Ok(()),
-            Some(magic) if magic.starts_with(DIRECTORY_NAME) => Err(
-                "was built by another version of Kiln, with another layout".into(),
-            ),
+            Some(magic) if magic.starts_with(DIRECTORY_NAME) => {
+                Err("was built by another version of Kiln, with another layout".into())
+            }
             _ => Err("has a damaged directory".into()),
         }
     }
@@ -1020,6 +1020,21 @@ pub(crate) mod tests {
             bytes[at] ^= 0x10;
             assert!(opened("contradict", &bytes).is_err(), "{at}");
         }
+    }
+
+    #[test]
+    fn another_layout_is_named_and_the_manifest_is_the_kernels() {
+        let good = sample("versions");
+        let mut other = good.clone();
+        other[4096 + 7] = b'1';
+        let error = opened("versions", &other).unwrap_err().to_string();
+        assert!(error.contains("another version of Kiln"), "{error}");
+        let image = opened("versions", &good).unwrap();
+        let mut other = good.clone();
+        // A letter of the program's path, as the kernel reads it.
+        other[image.program_extent().offset as usize + 2] ^= 1;
+        let error = opened("versions", &other).unwrap_err().to_string();
+        assert!(error.contains("not the manifest's"), "{error}");
     }
 
     #[test]
