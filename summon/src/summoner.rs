@@ -472,6 +472,7 @@ impl Summoner {
         let handles = |name: &str| self.entries.get(name).map(|entry| Arc::clone(&entry.unit));
         self.fronts
             .set(fronts, handles)
+            .await
             .map_err(|error| Error::environment(error, "choose another address or port"))?;
         if !first {
             let old = &self.configuration;
