@@ -13,6 +13,7 @@ mod sample;
 mod server;
 mod size;
 mod start;
+mod summon;
 mod throughput;
 
 use std::process::ExitCode;
@@ -25,6 +26,7 @@ Usage: bench/measure NAME
   redis [ROUNDS]    redis-benchmark, engine process, --net socket and direct, against native            [3]
   nginx [ROUNDS]    wrk, engine process, --net socket and direct, against native                        [3]
   dns [ROUNDS]      dnsperf, the summoner's name server with 1,000 warm names, against dnsmasq          [5]
+  summon [ROUNDS]   kiln summon: cold, suspended and warm visits, held connections, 1,000 cold names    [30]
   idle [SECONDS]    CPU time of an idle site, both engines                                              [60]
   size              kernel, shim, and the site's image
   memory            least memory with which site, nginx and redis answer, both engines
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         "redis" => throughput::redis(count.unwrap_or(3)),
         "nginx" => throughput::nginx(count.unwrap_or(3)),
         "dns" => dns::measure(count.unwrap_or(5)),
+        "summon" => summon::measure(count.unwrap_or(30)),
         "idle" => idle::measure(count.unwrap_or(60)),
         "size" => size::measure(),
         "memory" => memory::measure(),
