@@ -141,8 +141,14 @@ fn cold(kiln: &Kiln, image: &Path, rounds: u32) {
         kiln.succeed(["summon", "stop", "www"]);
         summoner.settle("www", "stopped");
     }
-    println!("kiln run to the first byte:            {}", other.describe("ms"));
-    println!("query to the first byte, cold:         {}", own.describe("ms"));
+    println!(
+        "kiln run to the first byte:            {}",
+        other.describe("ms")
+    );
+    println!(
+        "query to the first byte, cold:         {}",
+        own.describe("ms")
+    );
     println!(
         "ratio:                                 {:.2} (allowed: 2)",
         own.median() / other.median()
@@ -158,8 +164,14 @@ fn suspended(kiln: &Kiln, image: &Path, rounds: u32) {
         own.push(summoner.visit("www.example.org", 8080));
         other.push(summoner.visit("www.example.org", 8080));
     }
-    println!("query to the first byte, warm:         {}", other.describe("ms"));
-    println!("query to the first byte, suspended:    {}", own.describe("ms"));
+    println!(
+        "query to the first byte, warm:         {}",
+        other.describe("ms")
+    );
+    println!(
+        "query to the first byte, suspended:    {}",
+        own.describe("ms")
+    );
     println!(
         "ratio:                                 {:.2} (allowed: 3)",
         own.median() / other.median()
@@ -205,8 +217,14 @@ fn held(kiln: &Kiln, rounds: u32) {
         own.push(gigabytes / download((address, 8080).into()));
         other.push(gigabytes / download((Ipv4Addr::LOCALHOST, port).into()));
     }
-    println!("download from kiln run -p:             {}", other.describe("GB/s"));
-    println!("download from a summoned unit:         {}", own.describe("GB/s"));
+    println!(
+        "download from kiln run -p:             {}",
+        other.describe("GB/s")
+    );
+    println!(
+        "download from a summoned unit:         {}",
+        own.describe("GB/s")
+    );
     println!(
         "ratio:                                 {:.2}",
         own.median() / other.median()
@@ -224,10 +242,7 @@ fn used(id: u32) -> (f64, u64) {
         .map(|field| field.parse().unwrap_or(0))
         .collect();
     let field = |index: usize| fields.get(index).copied().unwrap_or(0);
-    (
-        (field(11) + field(12)) as f64 / 100.0,
-        field(21) * 4096,
-    )
+    ((field(11) + field(12)) as f64 / 100.0, field(21) * 4096)
 }
 
 fn idle(kiln: &Kiln, image: &Path) {

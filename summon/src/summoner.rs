@@ -45,6 +45,8 @@ const END_PATIENCE: Duration = Duration::from_secs(60);
 /// How long `ps` waits for units to say how busy they are.
 const LOOK_PATIENCE: Duration = Duration::from_millis(200);
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// How long a monitor that has said its last word may take to be gone.
+const END_SOON: Duration = Duration::from_secs(2);
 /// How often it is looked whether they have ended.
 const END_LOOK: Duration = Duration::from_millis(10);
 
@@ -672,6 +674,21 @@ impl Summoner {
         while self.entries.values().any(|entry| entry.unit.occupies()) && Instant::now() < end {
             tokio::time::sleep(END_LOOK).await;
         }
+        // Logs of what has ended were kept for the next summons, which does not come.
+        let state = self.shared.state.clone();
+        let names: Vec<String> = self.entries.keys().cloned().collect();
+        let sweep = move || {
+            for name in names {
+                if let Ok(instance) = state.open(&name)
+                    && instance.configuration.unit.as_deref() == Some(name.as_str())
+                    && matches!(instance.wait_unlocked(END_SOON), Ok(true))
+                    && let Err(error) = instance.remove()
+                {
+                    tracing::warn!(unit = name, "{error}");
+                }
+            }
+        };
+        let _ = tokio::task::spawn_blocking(sweep).await;
     }
 
     async fn reload(&mut self) -> Result<(), Error> {

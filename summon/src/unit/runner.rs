@@ -36,7 +36,7 @@ use crate::dns::NotReady;
 use crate::metrics::Metrics;
 use crate::room::{Place, Room};
 use crate::store::{Change, Statistics, Store};
-use crate::timeline::{Cause, Event as Mark};
+use crate::timeline::{Cause, Event as Mark, Timeline};
 
 /// How long a monitor may take to end after it was told to end at once.
 const END_PATIENCE: Duration = Duration::from_secs(10);
@@ -755,11 +755,22 @@ impl Runner {
             }
             Said::Suspended => {
                 self.unit.metrics.stops.inc();
+                self.note(Mark::Suspended, at);
+                self.finish_timeline();
+                self.unit.lock().timeline = None;
                 tracing::info!(unit = self.unit.name, "suspended");
                 self.unit.event(Event::Suspended);
             }
             Said::Resumed => {
-                self.note(Mark::Resumed, at);
+                let mut core = self.unit.lock();
+                if core.timeline.is_none() {
+                    // Nobody here has asked for that: something came for one of its sockets.
+                    let port = self.sockets.first().map(|socket| socket.address.port());
+                    let cause = Cause::Connection(port.unwrap_or_default());
+                    core.timeline = Some(Timeline::new(self.unit.name.clone(), cause, at));
+                }
+                core.note(Mark::Resumed, at);
+                drop(core);
                 tracing::info!(unit = self.unit.name, "resumed");
                 self.finish_timeline();
                 self.unit.event(Event::Resumed);
