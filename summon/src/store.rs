@@ -1,7 +1,7 @@
 //! What survives the summoner's own end: one file, changed in transactions.
 //!
-//! It holds address leases, units added at run time, statistics, which units were stopped by hand, and the last timelines of each
-//! unit. What runs is not here: the state directory's instances say that themselves.
+//! It holds address leases, addresses added to interfaces, units added at run time, statistics, which units were stopped by hand,
+//! and the last timelines of each unit. What runs is not here: the state directory's instances say that themselves.
 //!
 //! Every change is on the disk when the call returns, and there as a whole or not at all, whenever the process or the machine
 //! ends. That takes a moment ([`Store::write`] waits for the disk): call it from a thread that may block, with as many changes at
@@ -40,6 +40,8 @@ const LEASES: TableDefinition<'_, (&str, u8), &str> = TableDefinition::new("leas
 const UNITS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("units");
 const STATISTICS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("statistics");
 const STOPPED: TableDefinition<'_, &str, ()> = TableDefinition::new("stopped");
+/// Interface and address: added by a summoner, to be taken away again.
+const ADDRESSES: TableDefinition<'_, (&str, &str), ()> = TableDefinition::new("addresses");
 /// Unit and number: JSON. Numbers grow.
 const TIMELINE: TableDefinition<'_, (&str, u64), &[u8]> = TableDefinition::new("timelines");
 
@@ -74,6 +76,8 @@ pub enum Change {
     Statistics(String, Statistics),
     /// A unit was stopped by hand (true), or may start again (false).
     Stopped(String, bool),
+    /// An address is about to be added to an interface (true), or is taken away (false).
+    Address(String, IpAddr, bool),
     /// A summons is finished.
     Timeline(Box<Timeline>),
 }
@@ -174,6 +178,7 @@ impl Store {
             transaction.open_table(UNITS)?;
             transaction.open_table(STATISTICS)?;
             transaction.open_table(STOPPED)?;
+            transaction.open_table(ADDRESSES)?;
             transaction.open_table(TIMELINE)?;
             let mut meta = transaction.open_table(META)?;
             let format = meta.get("format")?.map(|format| format.value());
@@ -266,6 +271,24 @@ impl Store {
             let mut all = BTreeSet::new();
             for entry in self.read()?.open_table(STOPPED)?.iter()? {
                 all.insert(entry?.0.value().to_owned());
+            }
+            Ok(all)
+        };
+        run().map_err(|failure| self.error(failure))
+    }
+
+    /// Addresses that a summoner has added, or was about to add, with their interfaces.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is damaged.
+    pub fn addresses(&self) -> Result<BTreeSet<(String, IpAddr)>, Error> {
+        let run = || -> Result<_, Failure> {
+            let mut all = BTreeSet::new();
+            for entry in self.read()?.open_table(ADDRESSES)?.iter()? {
+                let key = entry?.0;
+                let (interface, address) = key.value();
+                let address = address.parse().map_err(|_| Failure::Value("an address"))?;
+                all.insert((interface.to_owned(), address));
             }
             Ok(all)
         };
@@ -371,6 +394,16 @@ fn apply(transaction: &WriteTransaction, change: &Change) -> Result<(), Failure>
         }
         Change::Stopped(unit, false) => {
             transaction.open_table(STOPPED)?.remove(unit.as_str())?;
+        }
+        Change::Address(interface, address, added) => {
+            let mut table = transaction.open_table(ADDRESSES)?;
+            let address = address.to_string();
+            let key = (interface.as_str(), address.as_str());
+            if *added {
+                table.insert(key, ())?;
+            } else {
+                table.remove(key)?;
+            }
         }
         Change::Timeline(timeline) => {
             let mut table = transaction.open_table(TIMELINE)?;

@@ -175,6 +175,7 @@ impl Summoner {
         let store = Store::open(&directory.join("store.redb"))
             .map_err(|error| Error::plain(error.to_string()))?;
         let store = Arc::new(store);
+        let shared_store = Arc::clone(&store);
         let dns = dns::Server::bind(dns_configuration(&configuration), Zone::default())
             .await
             .map_err(|error| Error::plain(error.to_string()))?;
@@ -213,13 +214,13 @@ impl Summoner {
             read,
             control,
             directory,
-            addresses: crate::interface::Addresses::default(),
+            addresses: crate::interface::Addresses::new(shared_store),
             metrics_server: None,
             _lock: lock,
         };
         let adopted = summoner.find_running().await?;
         if let Err(error) = summoner.apply(configuration, adopted).await {
-            summoner.addresses.clear();
+            summoner.addresses.undo();
             return Err(error);
         }
         Ok(summoner)
@@ -407,11 +408,10 @@ impl Summoner {
             .map_err(|error| Error::input(error, "see [front.NAME] in summon.toml"))?;
         if let Some(interface) = &configuration.interface {
             self.addresses
-                .set(
+                .add(
                     interface,
                     prepared.iter().flat_map(|(one, _)| &one.addresses),
                 )
-                .await
                 .map_err(|error| {
                     Error::environment(error, "run as root, or leave 'interface' out")
                 })?;
@@ -476,6 +476,14 @@ impl Summoner {
             .set(fronts, handles)
             .await
             .map_err(|error| Error::environment(error, "choose another address or port"))?;
+        let kept = self
+            .entries
+            .values()
+            .filter(|entry| !entry.leaving || entry.unit.occupies());
+        self.addresses.keep(
+            configuration.interface.as_deref(),
+            kept.flat_map(|entry| &entry.prepared.addresses),
+        );
         if !first {
             let old = &self.configuration;
             if (&old.listen, &old.forward, &old.forward_for)
@@ -655,8 +663,8 @@ impl Summoner {
         self.dns.shutdown();
         if !keep {
             self.end_units().await;
+            self.addresses.clear();
         }
-        self.addresses.clear();
         let _ = std::fs::remove_file(self.directory.join(control::SOCKET));
         let shared = Arc::clone(&self.shared);
         let _ = tokio::task::spawn_blocking(move || shared.write_all()).await;
