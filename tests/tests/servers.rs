@@ -171,3 +171,49 @@ fn nginx_on_process_with_packets() {
 fn nginx_on_qemu() {
     nginx(&["--engine", "qemu"]);
 }
+
+/// All of them come and go twice. (A machine whose timer is switched wrongly hangs for good under this.)
+#[test]
+#[ignore = "slow: a minute in an emulated machine"]
+fn ten_thousand_clients_of_redis_in_a_virtual_machine() {
+    need("redis-server");
+    let kiln = Kiln::new();
+    let port = free_port();
+    let publish = format!("{port}:6379");
+    kiln.start(
+        "redis",
+        &[
+            "--engine",
+            "qemu",
+            "-m",
+            "768M",
+            "-p",
+            &publish,
+            "/usr/bin/redis-server",
+            "--",
+            "--save",
+            "",
+            "--protected-mode",
+            "no",
+            "--maxclients",
+            "11000",
+        ],
+    );
+    eventually("redis", || {
+        let outcome = run(
+            Command::new("redis-cli").args(["-p", &port.to_string(), "ping"]),
+            LIMIT,
+        );
+        outcome.output.contains("PONG").then_some(())
+    });
+    let report = client(
+        "redis-benchmark",
+        port,
+        &["-t", "set,get", "-c", "10000", "-n", "20000", "-q"],
+    );
+    assert!(
+        report.contains("GET:") && !report.contains("rror"),
+        "{report}"
+    );
+    assert_eq!(client("redis-cli", port, &["ping"]).trim(), "PONG");
+}

@@ -177,15 +177,26 @@ impl Timer {
             / u128::from(TIMER_FREQUENCY.load(Ordering::Relaxed))) as u64
     }
 
+    /// What to write to start the timer, in order: never is it periodic with a short count, not even between two writes. QEMU
+    /// catches up with each period that went by, and hangs for good with one that is shorter than catching up takes.
+    fn order(&self, mode: u32) -> [(usize, u32); 2] {
+        let (mode, count) = ((local::TIMER, mode), (local::INITIAL_COUNT, self.ticks));
+        if self.periodic {
+            [count, mode]
+        } else {
+            [mode, count]
+        }
+    }
+
     /// Starts the timer anew.
     pub fn start(&self, interrupt: bool) {
         let mode = if interrupt { 0 } else { local::MASKED }
             | if self.periodic { local::PERIODIC } else { 0 };
-        write(local::TIMER, TIMER_VECTOR as u32 | mode);
-        write(
-            local::DIVIDER,
-            if self.shift == 7 { 0b1010 } else { 0b1011 },
-        );
-        write(local::INITIAL_COUNT, self.ticks);
+        let mode = TIMER_VECTOR as u32 | mode;
+        let divider = if self.shift == 7 { 0b1010 } else { 0b1011 };
+        write(local::DIVIDER, divider);
+        for (register, value) in self.order(mode) {
+            write(register, value);
+        }
     }
 }
