@@ -284,6 +284,8 @@ struct Monitor<'a> {
     /// A session has asked to accept nothing.
     paused: bool,
     suspended: bool,
+    /// The state is to be saved when there is nothing else to do.
+    unsaved: bool,
     line: Option<LineFinder>,
 }
 
@@ -462,6 +464,7 @@ impl<'a> Monitor<'a> {
             news,
             paused: false,
             suspended: false,
+            unsaved: false,
             line: setting.line.take().map(LineFinder::new),
         };
         monitor
@@ -524,6 +527,7 @@ impl<'a> Monitor<'a> {
                 rustix::buffer::spare_capacity(&mut events),
                 limit.as_ref(),
             ) {
+                Ok(0) if std::mem::take(&mut self.unsaved) => self.instance.save()?,
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(Error::io("wait for events")(error)),
             }
@@ -579,7 +583,7 @@ impl<'a> Monitor<'a> {
     }
 
     fn wait_limit(&self) -> Option<Timespec> {
-        if self.input_ready && self.sender.pending() == 0 {
+        if self.unsaved || (self.input_ready && self.sender.pending() == 0) {
             return Some(Timespec {
                 tv_sec: 0,
                 tv_nsec: 0,
@@ -746,13 +750,14 @@ impl<'a> Monitor<'a> {
             ToMonitor::Started { uptime } => {
                 if !self.started {
                     self.started = true;
-                    self.tell_at(now_microseconds() - u64::from(uptime), Event::Kernel);
-                    self.tell(Event::Started {
-                        ports: self.instance.state.ports.clone(),
-                    });
+                    let at = now_microseconds();
                     self.instance.state.phase = Phase::Running;
                     self.instance.state.started = Some(now());
+                    // First: whoever is told may look.
                     self.instance.save()?;
+                    let ports = self.instance.state.ports.clone();
+                    self.tell_at(at.saturating_sub(u64::from(uptime)), Event::Kernel);
+                    self.tell_at(at, Event::Started { ports });
                     self.observer.started(self.instance);
                 }
             }
@@ -1235,7 +1240,9 @@ impl<'a> Monitor<'a> {
         }
         self.tell(Event::Resumed);
         self.instance.state.phase = Phase::Running;
-        self.instance.save()
+        // Whoever it goes on for is served first.
+        self.unsaved = true;
+        Ok(())
     }
 
     /// Takes a connection that was accepted elsewhere.
