@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod front;
 pub mod mutate;
 pub mod name_server;
 pub mod network;
@@ -89,5 +90,10 @@ pub const TARGETS: &[Target] = &[
         name: "name_server",
         run: name_server::name_server,
         seeds: name_server::name_server_seeds,
+    },
+    Target {
+        name: "front",
+        run: front::front,
+        seeds: front::front_seeds,
     },
 ];

@@ -94,4 +94,4 @@ macro_rules! targets {
     };
 }
 
-targets! { elf image root project loader_cache manifest link dns dhcp frames summon name_server }
+targets! { elf image root project loader_cache manifest link dns dhcp frames summon name_server front }
