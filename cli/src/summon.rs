@@ -15,6 +15,7 @@ use kiln_monitor::state::{InstanceConfiguration, StateDirectory, now};
 use kiln_monitor::volume::ensure_named;
 use kiln_summon::configuration::{self, Configuration, Machine, Overrides};
 use kiln_summon::control::{Answer, Request, ask};
+use kiln_summon::front::Fronts;
 use kiln_summon::summoner::{Summoner, directory};
 use kiln_summon::timeline;
 use kiln_summon::unit::Status;
@@ -346,6 +347,9 @@ fn check(
         if let Err(failure) = instance(state, &mut images, unit) {
             wrong.push(format!("unit '{}': {}", unit.name, words(&failure)));
         }
+    }
+    if let Err(reason) = Fronts::plan(configuration, configuration.units.values()) {
+        wrong.push(reason);
     }
     for remark in configuration.remarks() {
         tracing_remark(&remark);

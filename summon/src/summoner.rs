@@ -404,7 +404,7 @@ impl Summoner {
                 });
             }
         }
-        let fronts = Fronts::plan(&configuration, prepared.iter().map(|(one, _)| one))
+        let fronts = Fronts::plan(&configuration, prepared.iter().map(|(one, _)| &one.unit))
             .map_err(|error| Error::input(error, "see [front.NAME] in summon.toml"))?;
         if let Some(interface) = &configuration.interface {
             self.addresses

@@ -24,8 +24,19 @@
 //! | `interface` | none | the addresses are added to this interface (needs root) |
 //! | `metrics` | none | address of the Prometheus endpoint |
 //! | `max_running`, `max_memory` | none | most units at once, most memory of all running units |
-//! | `[front.NAME]` | | a port that several units share: `listen`, `protocol` (`"http"`, `"tls"`, `"https"`), `certificate`, `key` |
+//! | `[front.NAME]` | | a port that several units share, see below |
 //! | `[unit.NAME]` | | a unit, see below |
+//!
+//! | key of a front | default | meaning |
+//! |---|---|---|
+//! | `listen` | (needed) | addresses, such as `["192.0.2.1", "[2001:db8::1]:8080"]`; without port: 80, behind TLS 443 |
+//! | `protocol` | (needed) | `"http"`: units are told apart by the `Host` header; `"tls"`: by the server name in the ClientHello, the unit has the certificate; `"https"`: by the same, TLS ends here and the unit gets plain HTTP/1 |
+//! | `certificate`, `key` | none | PEM files for `https`: the chain that begins with the server's own certificate, and its private key without password. Read again at each reload |
+//!
+//! A connection belongs to the unit of its first request: what else is asked on it (keep-alive) reaches that unit too, also
+//! for another's name. Names that no unit behind the front has are refused: 404, or the TLS alert unrecognized_name.
+//! With `http` and `tls` the unit gets the accepted socket itself; with `https` every byte passes through the summoner,
+//! and such connections end with it.
 //!
 //! | key of a unit | default | meaning |
 //! |---|---|---|

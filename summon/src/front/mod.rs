@@ -42,8 +42,8 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::configuration::{Configuration, FrontProtocol};
-use crate::unit::{Handle, Prepared};
+use crate::configuration::{Configuration, FrontProtocol, Unit};
+use crate::unit::Handle;
 use certificate::Certificates;
 use routes::{Routes, Target};
 use serve::{Limits, Rules};
@@ -107,7 +107,7 @@ impl Fronts {
     /// Says what is wrong, with the file and what to do.
     pub fn plan<'a>(
         configuration: &Configuration,
-        units: impl Iterator<Item = &'a Prepared>,
+        units: impl Iterator<Item = &'a Unit>,
     ) -> Result<Plan, String> {
         let mut certificates = Certificates::default();
         let mut fronts: HashMap<&str, PlannedFront> = HashMap::new();
@@ -128,8 +128,7 @@ impl Fronts {
             };
             fronts.insert(&front.name, planned);
         }
-        for prepared in units {
-            let unit = &prepared.unit;
+        for unit in units {
             for one in &unit.fronts {
                 let (Some(front), Some(planned)) = (
                     configuration.fronts.get(&one.front),
