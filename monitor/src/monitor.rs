@@ -56,6 +56,8 @@ const MAX_LINE: usize = 8192;
 const CONSOLE_CHUNK: usize = 64 << 10;
 /// How long a kernel may take to say how busy it is.
 const ACTIVITY_PATIENCE: Duration = Duration::from_secs(5);
+/// How long other work may keep a changed state from being saved.
+const SAVE_LATEST: Duration = Duration::from_millis(50);
 /// Bytes of standard input in one message.
 const INPUT_CHUNK: usize = 16 << 10;
 
@@ -284,8 +286,8 @@ struct Monitor<'a> {
     /// A session has asked to accept nothing.
     paused: bool,
     suspended: bool,
-    /// The state is to be saved when there is nothing else to do.
-    unsaved: bool,
+    /// The state is to be saved when there is nothing else to do, and then at the latest.
+    unsaved: Option<Instant>,
     line: Option<LineFinder>,
 }
 
@@ -464,7 +466,7 @@ impl<'a> Monitor<'a> {
             news,
             paused: false,
             suspended: false,
-            unsaved: false,
+            unsaved: None,
             line: setting.line.take().map(LineFinder::new),
         };
         monitor
@@ -527,7 +529,7 @@ impl<'a> Monitor<'a> {
                 rustix::buffer::spare_capacity(&mut events),
                 limit.as_ref(),
             ) {
-                Ok(0) if std::mem::take(&mut self.unsaved) => self.instance.save()?,
+                Ok(0) if self.unsaved.take().is_some() => self.instance.save()?,
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(Error::io("wait for events")(error)),
             }
@@ -583,7 +585,7 @@ impl<'a> Monitor<'a> {
     }
 
     fn wait_limit(&self) -> Option<Timespec> {
-        if self.unsaved || (self.input_ready && self.sender.pending() == 0) {
+        if self.unsaved.is_some() || (self.input_ready && self.sender.pending() == 0) {
             return Some(Timespec {
                 tv_sec: 0,
                 tv_nsec: 0,
@@ -599,6 +601,9 @@ impl<'a> Monitor<'a> {
 
     fn check_deadlines(&mut self) -> Result<(), Error> {
         let time = Instant::now();
+        if self.unsaved.take_if(|latest| *latest <= time).is_some() {
+            self.instance.save()?;
+        }
         if self.retry.is_some_and(|retry| retry <= time) {
             self.retry = None;
         }
@@ -1241,7 +1246,7 @@ impl<'a> Monitor<'a> {
         self.tell(Event::Resumed);
         self.instance.state.phase = Phase::Running;
         // Whoever it goes on for is served first.
-        self.unsaved = true;
+        self.unsaved = Some(Instant::now() + SAVE_LATEST);
         Ok(())
     }
 
