@@ -851,9 +851,15 @@ impl<'a> Monitor<'a> {
                         "a socket that is not its to ask for".to_owned(),
                     ));
                 };
-                sockets
+                let published = sockets
                     .datagram(request, bind, &self.sender)
                     .map_err(failed())?;
+                if published {
+                    self.tell(Event::Listening {
+                        port: bind.port(),
+                        protocol: Protocol::Udp,
+                    });
+                }
             }
         }
         Ok(())

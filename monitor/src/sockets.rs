@@ -577,7 +577,7 @@ impl SocketServer {
         }
     }
 
-    /// The program wants a datagram socket bound to `wanted`.
+    /// The program wants a datagram socket bound to `wanted`. Returns whether that is a published port, and it has it now.
     ///
     /// # Errors
     /// Those of the link; a socket that cannot be had is answered to the kernel.
@@ -586,15 +586,21 @@ impl SocketServer {
         request: u64,
         wanted: SocketAddr,
         sender: &Sender,
-    ) -> io::Result<()> {
+    ) -> io::Result<bool> {
         match self.open_datagram(wanted) {
             Ok((socket, bound)) => {
                 let result = Ok(bound);
-                self.hand_over(&ToKernel::Datagram { request, result }, socket, sender)
+                self.hand_over(&ToKernel::Datagram { request, result }, socket, sender)?;
+                let published = |listener: &Listener| {
+                    listener.publish.protocol == Protocol::Udp
+                        && listener.publish.guest == wanted.port()
+                };
+                Ok(!wanted.ip().is_loopback() && self.listeners.iter().any(published))
             }
             Err(error) => {
                 let result = Err(error.raw_os_error());
-                sender.control(&ToKernel::Datagram { request, result }, None)
+                sender.control(&ToKernel::Datagram { request, result }, None)?;
+                Ok(false)
             }
         }
     }

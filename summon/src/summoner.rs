@@ -45,8 +45,8 @@ const END_PATIENCE: Duration = Duration::from_secs(60);
 /// How long `ps` waits for units to say how busy they are.
 const LOOK_PATIENCE: Duration = Duration::from_millis(200);
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
-/// How long a monitor that has said its last word may take to be gone.
-const END_SOON: Duration = Duration::from_secs(2);
+/// How long the task of a unit may take that is gone already.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked whether they have ended.
 const END_LOOK: Duration = Duration::from_millis(10);
 
@@ -432,6 +432,7 @@ impl Summoner {
                 entry.unit.event(Event::Remove);
             }
         }
+        self.wait_for_those_that_left().await;
         for (name, adopted) in std::mem::take(&mut adopted) {
             let known = prepared.iter().find(|(one, _)| one.unit.name == name);
             match known {
@@ -500,6 +501,15 @@ impl Summoner {
         }
         self.configuration = configuration;
         Ok(())
+    }
+
+    /// Those that are gone give up their sockets in a moment: what comes next may want them.
+    async fn wait_for_those_that_left(&self) {
+        let gone = |entry: &Entry| entry.unit.state() == State::Gone && !entry.unit.has_left();
+        let end = Instant::now() + LEAVE_PATIENCE;
+        while self.entries.values().any(gone) && Instant::now() < end {
+            tokio::time::sleep(END_LOOK).await;
+        }
     }
 
     /// Ends an instance of a unit that is no longer configured.
@@ -679,24 +689,9 @@ impl Summoner {
             entry.unit.event(Event::Stop);
         }
         let end = Instant::now() + END_PATIENCE;
-        while self.entries.values().any(|entry| entry.unit.occupies()) && Instant::now() < end {
+        while self.entries.values().any(|entry| !entry.unit.has_left()) && Instant::now() < end {
             tokio::time::sleep(END_LOOK).await;
         }
-        // Logs of what has ended were kept for the next summons, which does not come.
-        let state = self.shared.state.clone();
-        let names: Vec<String> = self.entries.keys().cloned().collect();
-        let sweep = move || {
-            for name in names {
-                if let Ok(instance) = state.open(&name)
-                    && instance.configuration.unit.as_deref() == Some(name.as_str())
-                    && matches!(instance.wait_unlocked(END_SOON), Ok(true))
-                    && let Err(error) = instance.remove()
-                {
-                    tracing::warn!(unit = name, "{error}");
-                }
-            }
-        };
-        let _ = tokio::task::spawn_blocking(sweep).await;
     }
 
     async fn reload(&mut self) -> Result<(), Error> {

@@ -5,6 +5,7 @@ pub mod runner;
 mod session;
 
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -72,6 +73,8 @@ pub struct Unit {
     core: Mutex<Core>,
     metrics: UnitMetrics,
     inbox: mpsc::UnboundedSender<Input>,
+    /// Its task has ended, and nothing of it is left.
+    left: AtomicBool,
 }
 
 /// What `kiln summon ps` shows of a unit.
@@ -137,11 +140,21 @@ impl Unit {
         }
         let mut core = self.lock();
         let before = core.machine.state();
+        let deadline = core.machine.deadline();
         let actions = core.machine.handle(self.now(), event);
         self.follow(&mut core, &actions, cause);
         let after = core.machine.state();
+        let sooner = core
+            .machine
+            .deadline()
+            .is_some_and(|new| deadline.is_none_or(|old| new < old));
         // Sent while the lock is held: actions reach the task in the order of the events.
-        self.send(actions);
+        if actions.is_empty() && sooner {
+            // The task sleeps until the old deadline: an input wakes it.
+            let _ = self.inbox.send(Input::Actions(actions));
+        } else {
+            self.send(actions);
+        }
         drop(core);
         if before != after {
             tracing::debug!(unit = self.name, ?event, ?before, ?after, "state");
@@ -186,6 +199,12 @@ impl Unit {
             self.state(),
             State::Cold | State::BackingOff { .. } | State::Ready { asked: None } | State::Gone
         )
+    }
+
+    /// Whether it was removed and nothing of it is left: no process, no socket, no folder.
+    #[must_use]
+    pub fn has_left(&self) -> bool {
+        self.left.load(Ordering::Acquire)
     }
 
     /// Whether an instance exists or is on its way.

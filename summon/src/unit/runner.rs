@@ -13,6 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::process::Child;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -307,6 +308,7 @@ impl Runner {
             }),
             metrics,
             inbox: sender,
+            left: AtomicBool::new(false),
         });
         shared.room.know(&unit);
         let mut runner = Self {
@@ -439,6 +441,12 @@ impl Runner {
                 () = sleep_until(deadline) => self.tick().await,
             }
             if self.unit.state() == State::Gone && self.running.is_none() && !self.launching {
+                let (state, name) = (self.shared.state.clone(), self.unit.name.clone());
+                let removed = tokio::task::spawn_blocking(move || remove_instance(&state, &name));
+                if let Ok(Err(error)) = removed.await {
+                    tracing::warn!(unit = self.unit.name, "{error}");
+                }
+                self.unit.left.store(true, Ordering::Release);
                 self.shared
                     .metrics
                     .forget(&self.unit.name, &self.unit.metrics);
@@ -994,6 +1002,21 @@ async fn sleep_until(deadline: Option<Instant>) {
         Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,
     }
+}
+
+/// Removes what the last instance of a unit that is gone has left.
+fn remove_instance(state: &StateDirectory, name: &str) -> Result<(), kiln_monitor::Error> {
+    if !state.exists(name) {
+        return Ok(());
+    }
+    let instance = state.open(name)?;
+    // It may be another's, also of a unit of the same name that has come since.
+    if instance.configuration.unit.as_deref() == Some(name)
+        && instance.wait_unlocked(END_PATIENCE)?
+    {
+        instance.remove()?;
+    }
+    Ok(())
 }
 
 /// Makes the instance and starts its monitor. What an earlier one of the same unit has left is removed first.
