@@ -22,6 +22,7 @@ use std::{
 use tempfile::TempDir;
 
 pub mod programs;
+pub mod summon;
 
 /// How long one run of a program may take. Generous: machines are slow and busy at times, and emulation slower.
 pub const RUN_DEADLINE: Duration = Duration::from_secs(120);
