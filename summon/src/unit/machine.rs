@@ -204,6 +204,8 @@ pub struct Machine {
     removed: bool,
     /// The instance is of an older configuration.
     stale: bool,
+    /// When it was last tried to end it because it is removed or stale.
+    left_look: Moment,
     /// The room is needed.
     evicted: bool,
     /// It was ended by hand or to make room: it waits to be asked for, even if it is to be kept.
@@ -226,6 +228,7 @@ impl Machine {
             waiting: false,
             removed: false,
             stale: false,
+            left_look: Moment::ZERO,
             evicted: false,
             halted: false,
         };
@@ -314,7 +317,7 @@ impl Machine {
             State::Starting { deadline } => Some(deadline),
             State::Ready { asked: None } => {
                 if self.leaving() {
-                    return Some(self.sample.0 + LEAVING);
+                    return Some(self.left_look + LEAVING);
                 }
                 if self.settings.keep {
                     return None;
@@ -649,6 +652,7 @@ impl Machine {
             State::Ready { .. } => {
                 let due = now >= self.interest + self.settings.idle && !self.settings.keep;
                 if due || self.leaving() {
+                    self.left_look = now;
                     self.state = State::Ready {
                         asked: Some(Check::End),
                     };
