@@ -30,6 +30,18 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Largest message of the kernel in bytes (netlink(7) and its users: 32 KiB).
 const LARGEST: usize = 64 << 10;
 
+/// Whether this machine, or the network namespace that this process is in, has an interface. True if it cannot be told.
+#[must_use]
+pub fn exists(interface: &str) -> bool {
+    let Ok(kernel) = Kernel::open() else {
+        return true;
+    };
+    !matches!(
+        netdevice::name_to_index(&kernel.socket, interface),
+        Err(Errno::NODEV | Errno::NXIO)
+    )
+}
+
 /// An address on an interface.
 type Place = (String, IpAddr);
 

@@ -642,6 +642,7 @@ impl Summoner {
                     if let Request::Down { keep } = request {
                         if !keep {
                             self.end_units().await;
+                            self.addresses.clear();
                         }
                         let _ = answer.send(Answer::Done);
                         // The answer is to leave before this process does.

@@ -526,7 +526,7 @@ impl Check<'_, '_, '_> {
                 ),
             );
         }
-        if self.machine.look_for_files && !Path::new("/sys/class/net").join(interface).exists() {
+        if self.machine.look_for_files && !crate::interface::exists(interface) {
             self.tell(
                 &["interface"],
                 Fault::new(
