@@ -157,12 +157,20 @@ fn cold(kiln: &Kiln, image: &Path, rounds: u32) {
 
 fn suspended(kiln: &Kiln, image: &Path, rounds: u32) {
     let (mut own, mut other) = (Sample::default(), Sample::default());
-    let summoner = Summoner::start(kiln, &unit(image, "stop = \"suspend\"\nidle = \"100ms\""));
+    // The warm unit is visited as rarely as the other: what both touch has been left alone for as long.
+    let mut configuration = unit(image, "stop = \"suspend\"\nidle = \"100ms\"");
+    let _ = write!(
+        configuration,
+        "[unit.warm]\ndns = \"warm.example.org\"\nsource = {:?}\nports = \"8080:80\"\nengine = \"process\"\n",
+        image.display().to_string()
+    );
+    let summoner = Summoner::start(kiln, &configuration);
     summoner.visit("www.example.org", 8080);
+    summoner.visit("warm.example.org", 8080);
     for _ in 0..rounds {
         summoner.settle("www", "suspended");
         own.push(summoner.visit("www.example.org", 8080));
-        other.push(summoner.visit("www.example.org", 8080));
+        other.push(summoner.visit("warm.example.org", 8080));
     }
     println!(
         "query to the first byte, warm:         {}",
