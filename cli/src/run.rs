@@ -100,6 +100,9 @@ pub fn packed(
     })
 }
 
+/// Opens or builds the image of a source, with files to include, and system calls rewritten or not.
+pub type Pack<'a> = dyn FnMut(&Path, &[String], bool) -> Result<Packed, Failure> + 'a;
+
 /// What a run needs, but a name.
 pub struct Prepared {
     /// The instance; its name and host name may be missing.
@@ -115,7 +118,7 @@ pub struct Prepared {
 pub fn prepare(
     arguments: &RunArguments,
     state: &StateDirectory,
-    pack: &mut dyn FnMut(&Path, &[String], bool) -> Result<Packed, Failure>,
+    pack: &mut Pack<'_>,
 ) -> Result<Prepared, Failure> {
     let choice = choice::choose(arguments.engine.map(|engine| engine.as_str()))?;
     let mut configuration = configure(arguments, &choice, state)?;
