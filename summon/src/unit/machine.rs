@@ -433,6 +433,7 @@ impl Machine {
             Event::Suspended => match self.state {
                 State::Suspending => {
                     self.state = State::Suspended;
+                    self.crashes = 0;
                     if self.removed || self.evicted || self.stale {
                         self.halted = self.evicted;
                         self.end(&mut actions);
@@ -557,10 +558,15 @@ impl Machine {
                 let young = now.saturating_sub(self.ready_since) < YOUNG;
                 if young && (crashed || self.settings.keep) {
                     self.crashes += 1;
+                } else {
+                    self.crashes = 0;
                 }
                 self.rest(now, young && self.crashes >= CRASHES, actions);
             }
             State::Suspending | State::Suspended | State::Stopping => {
+                if !crashed {
+                    self.crashes = 0;
+                }
                 self.rest(now, false, actions);
             }
             State::Cold | State::BackingOff { .. } | State::Gone => {}

@@ -479,3 +479,26 @@ fn room_is_made_by_idle_units_only() {
     world.settle();
     assert_eq!(world.machine.state(), State::Cold);
 }
+
+#[test]
+fn only_crashes_with_no_good_end_between_them_are_failed_starts() {
+    let mut world = World::new(settings(Ending::Shutdown, false, false));
+    for _ in 0..5 {
+        world.happen(Happening::Query);
+        world.happen(Happening::BecomesReady);
+        world.gone(true);
+        assert_eq!(world.machine.state(), State::Cold);
+        world.happen(Happening::Query);
+        world.happen(Happening::BecomesReady);
+        world.event(Event::Stop);
+        world.settle();
+        assert_eq!(world.machine.state(), State::Cold);
+    }
+    for crash in 1..=CRASHES {
+        world.happen(Happening::Query);
+        world.happen(Happening::BecomesReady);
+        world.gone(true);
+        let waits = matches!(world.machine.state(), State::BackingOff { .. });
+        assert_eq!(waits, crash == CRASHES);
+    }
+}
