@@ -280,14 +280,12 @@ impl Summoner {
         self.kiln.succeed(["summon"].iter().chain(words))
     }
 
-    /// `kiln summon down`. Nothing of it may be left: no process, no instance, no socket.
+    /// It is ending: waits for that.
     ///
     /// # Panics
     ///
-    /// When anything is left.
-    pub fn down(&mut self) {
-        let monitors = self.processes();
-        self.say(&["down"]);
+    /// When it does not end well.
+    pub fn ended(&mut self) {
         let mut child = self.child.take().expect("it runs");
         let status = wait(&mut child, RUN_DEADLINE);
         if status.is_none() {
@@ -299,6 +297,17 @@ impl Summoner {
             "the summoner ended with {status:?}\n{}",
             self.log()
         );
+    }
+
+    /// `kiln summon down`. Nothing of it may be left: no process, no instance, no socket.
+    ///
+    /// # Panics
+    ///
+    /// When anything is left.
+    pub fn down(&mut self) {
+        let monitors = self.processes();
+        self.say(&["down"]);
+        self.ended();
         assert_eq!(self.instances(), Vec::<String>::new(), "{}", self.log());
         eventually("the end of the monitors", || {
             monitors

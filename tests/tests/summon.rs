@@ -242,12 +242,11 @@ fn a_first_connection_summons_without_any_query() {
     summoner.down();
 }
 
-#[test]
-fn the_first_datagrams_are_kept_and_answered() {
+fn first_datagrams(extra: &str, rest: &str) {
     let port = free_port();
     let mut summoner = Summoner::with(&format!(
         "[unit.echo]\ndns = [\"echo.example.org\"]\nsource = \"{{program}}\"\narguments = [\"udp=7\", \"after=300\"]\n\
-         ports = [\"{port}:7/udp\"]\nidle = \"500ms\"\n"
+         ports = [\"{port}:7/udp\"]\nidle = \"500ms\"\n{extra}\n"
     ));
     let address = summoner.known_address("echo");
     for _ in 0..2 {
@@ -264,10 +263,43 @@ fn the_first_datagrams_are_kept_and_answered() {
             let length = client.recv(&mut buffer).expect("its answer");
             assert_eq!(buffer.get(..length), Some([number; 100].as_slice()));
         }
-        summoner.until("echo", "stopped");
+        summoner.until("echo", rest);
     }
-    assert_eq!(summoner.starts("echo"), 2);
+    assert_eq!(
+        summoner.starts("echo"),
+        if rest == "stopped" { 2 } else { 1 }
+    );
     summoner.down();
+}
+
+#[test]
+fn the_first_datagrams_are_kept_and_answered() {
+    first_datagrams("engine = \"process\"", "stopped");
+}
+
+#[test]
+fn the_first_datagrams_are_kept_and_answered_with_packets() {
+    first_datagrams("engine = \"process\"\nnet = \"direct\"", "stopped");
+}
+
+#[test]
+fn the_first_datagrams_are_kept_and_answered_on_qemu() {
+    if engines().iter().any(|engine| engine == "qemu") {
+        first_datagrams("engine = \"qemu\"", "stopped");
+    }
+}
+
+#[test]
+fn a_datagram_wakes_a_suspended_unit() {
+    first_datagrams("stop = \"suspend\"", "suspended");
+}
+
+#[test]
+fn a_datagram_wakes_a_suspended_unit_with_packets() {
+    first_datagrams(
+        "stop = \"suspend\"\nengine = \"process\"\nnet = \"direct\"",
+        "suspended",
+    );
 }
 
 #[test]
@@ -1044,4 +1076,72 @@ fn a_browser_opens_the_site_by_its_name() {
         "{outcome}"
     );
     assert!(outcome.errors.contains(" ready "), "{outcome}");
+}
+
+#[test]
+fn a_unit_that_was_starting_when_the_summoner_was_killed_is_served_by_the_next() {
+    let port = free_port();
+    let mut summoner = Summoner::with(&unit(
+        "www",
+        port,
+        "arguments = [\"listen=8000\", \"after=1500\"]\nidle = \"1s\"",
+    ));
+    let address = summoner.address("www.example.org");
+    eventually("its process", || {
+        summoner
+            .instances()
+            .contains(&"www".to_owned())
+            .then_some(())
+    });
+    let client = TcpStream::connect((address, port)).expect("a connection that waits");
+    summoner.kill();
+    summoner.start(&["--forward", "none"]);
+    client
+        .set_read_timeout(Some(RUN_DEADLINE))
+        .expect("a limit");
+    (&client)
+        .write_all(b"GET / HTTP/1.1\r\n\r\n")
+        .expect("it reads");
+    let mut line = [0; 15];
+    (&client).read_exact(&mut line).expect("an answer");
+    assert_eq!(&line, b"HTTP/1.1 200 OK");
+    drop(client);
+    assert_eq!(curl(&format!("http://{address}:{port}/")), "request 2\n");
+    summoner.until("www", "stopped");
+    summoner.down();
+}
+
+#[test]
+fn a_summoner_that_is_interrupted_ends_its_units() {
+    let port = free_port();
+    let mut summoner = Summoner::with(&unit("www", port, ""));
+    summoner.address("www.example.org");
+    summoner.until("www", "ready");
+    let processes = summoner.processes();
+    signal(summoner.process(), rustix::process::Signal::INT);
+    summoner.ended();
+    assert_eq!(summoner.instances(), Vec::<String>::new());
+    assert!(
+        processes
+            .iter()
+            .all(|process| !fs::exists(format!("/proc/{process}/exe")).unwrap_or(false))
+    );
+}
+
+#[test]
+fn units_can_be_kept_for_the_next_summoner() {
+    let port = free_port();
+    let mut summoner = Summoner::with(&unit("www", port, "idle = \"1h\""));
+    let address = summoner.address("www.example.org");
+    assert_eq!(curl(&format!("http://{address}:{port}/")), "request 1\n");
+    summoner.say(&["down", "--keep"]);
+    summoner.ended();
+    assert_eq!(curl(&format!("http://{address}:{port}/")), "request 2\n");
+    // A unit that is no longer wanted ends.
+    summoner.configure(&unit("other", free_port(), ""));
+    summoner.start(&["--forward", "none"]);
+    eventually("its end", || {
+        (summoner.instances() == Vec::<String>::new()).then_some(())
+    });
+    summoner.down();
 }
