@@ -245,7 +245,8 @@ fn try_serve(arguments: &ServeArguments) -> Result<ExitCode, Failure> {
         // A session of its own: the terminal's signals and end are not for us.
         let _ = rustix::process::setsid();
     }
-    raise_descriptor_limit();
+    // A thousand units have a socket each at least.
+    kiln_monitor::raise_descriptor_limit();
     for remark in configuration.remarks() {
         tracing_remark(&remark);
     }
@@ -297,18 +298,6 @@ fn try_serve(arguments: &ServeArguments) -> Result<ExitCode, Failure> {
         summoner.run().await?;
         Ok(ExitCode::SUCCESS)
     })
-}
-
-/// A thousand units have a socket each at least.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit};
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let wanted = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    // If the host does not allow it, binding the sockets says so.
-    let _ = rustix::process::setrlimit(Resource::Nofile, wanted);
 }
 
 fn tracing_remark(remark: &str) {

@@ -25,3 +25,4 @@ pub mod state;
 pub mod volume;
 
 pub use error::{Error, Kind};
+pub use kiln_network::raise_descriptor_limit;

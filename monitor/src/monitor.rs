@@ -29,7 +29,6 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
-use rustix::process::{Resource, Rlimit};
 
 use crate::arguments::{Publish, signal_name};
 use crate::console::{Log, Shown, Terminal};
@@ -298,7 +297,8 @@ impl<'a> Monitor<'a> {
         mut setting: Setting,
         observer: &'a mut dyn Observer,
     ) -> Result<Self, Error> {
-        raise_descriptor_limit();
+        // Ten thousand connections need as many, here on their way and in the engine's process for their lives.
+        kiln_network::raise_descriptor_limit();
         let configuration = &instance.configuration;
         let image = File::open(&configuration.image.path).map_err(Error::io(format!(
             "open the image {}",
@@ -1562,17 +1562,6 @@ fn random_mac(name: &str) -> [u8; 6] {
     use std::hash::{BuildHasher, RandomState};
     let [a, b, c, d, e, ..] = RandomState::new().hash_one(name).to_le_bytes();
     [2, a, b, c, d, e]
-}
-
-/// Ten thousand connections need as many descriptors, here on their way and in the engine's process for their lives.
-fn raise_descriptor_limit() {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let wanted = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    // If the host does not allow it, fewer connections fit, and accepting pauses at the limit.
-    let _ = rustix::process::setrlimit(Resource::Nofile, wanted);
 }
 
 fn realtime() -> u64 {

@@ -151,11 +151,12 @@ pub(crate) fn is_readable(descriptor: &impl AsFd) -> bool {
         .map_or(true, |count| count > 0)
 }
 
-/// Lets this process have as many descriptors as it may: each connection of the guest takes one.
-pub(crate) fn raise_descriptor_limit() {
+/// Raises this process's limit on open files as far as it may be (`RLIMIT_NOFILE`, `setrlimit(2)`): each connection takes
+/// a descriptor or two, each socket that waits for a client one. When the host refuses, the limit that there is holds: binding
+/// says so, and accepting pauses there.
+pub fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
-        // When it is refused, the limit that there is holds.
         let _ = setrlimit(
             Resource::Nofile,
             Rlimit {

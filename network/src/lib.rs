@@ -41,5 +41,6 @@ pub use dhcp::answer as answer_dhcp;
 pub use dns::{Question, Reply, answer as answer_dns, parse_question};
 pub use error::NetworkError;
 pub use gateway::{Activity, UserNetwork};
+pub use host::raise_descriptor_limit;
 pub use kiln_tcpip::Checksums;
 pub use publish::{Held, Publish};

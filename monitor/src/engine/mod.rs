@@ -7,6 +7,7 @@
 //! What always holds: an engine that returns an error from [`Engine::start`] has left nothing running and nothing
 //! in the file system, and a dropped [`Running`] has been killed and reaped.
 
+mod kept;
 pub mod process;
 pub mod qemu;
 

@@ -12,24 +12,17 @@ mod filter;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::mpsc;
-use std::thread;
+use std::os::fd::{AsFd, OwnedFd};
 
 use kiln_abi::process::{Extent, Parameters, descriptor};
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::io::Errno;
-use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
-use super::{End, Engine, Launch, Piece, Running, StartError, Unavailable};
-use child::{Child, Descriptors, Failure, Isolation, Step};
+use super::kept::{self, Kept, Started};
+use super::{Engine, Launch, Piece, Running, StartError, Unavailable};
+use child::{Descriptors, Failure, Isolation, Step};
 
 /// Length of the shared pool's file: address space, not memory; all that the kernel could ever map.
 const POOL_LENGTH: u64 = 1 << 44;
-
-/// Bytes of stack of the thread that waits for the instance.
-const KEEPER_STACK: usize = 64 << 10;
 
 /// What to do when memory files cannot be executed.
 const ALLOW_EXECUTION: &str = "set the sysctl vm.memfd_noexec to 0 or 1, or use --engine qemu";
@@ -108,21 +101,8 @@ impl Engine for ProcessEngine {
             pool,
             shim,
         };
-        let (sender, receiver) = mpsc::sync_channel(1);
-        thread::Builder::new()
-            .name("kiln-instance".into())
-            .stack_size(KEEPER_STACK)
-            .spawn(move || keep(launch, files, &sender))
-            .map_err(failed("cannot start a thread"))?;
-        let child = receiver
-            .recv()
-            .map_err(|_| failed("the thread for the instance ended")(io::ErrorKind::Other.into()))?
-            .map_err(explain)?;
-        Ok(Box::new(Instance {
-            pid: child.pid,
-            pidfd: child.pidfd,
-            end: None,
-        }))
+        let child = kept::start(move || start(&launch, &files))?.map_err(explain)?;
+        Ok(Box::new(Kept::unikernel(child)))
     }
 }
 
@@ -133,8 +113,8 @@ struct Files {
     shim: OwnedFd,
 }
 
-/// Starts the child and stays until it has ended: Linux ends the child with the thread that started it.
-fn keep(launch: Launch, files: Files, sender: &mpsc::SyncSender<Result<Child, Failure>>) {
+/// Starts the child with what it inherits.
+fn start(launch: &Launch, files: &Files) -> Result<Started, Failure> {
     let mut places = vec![
         (descriptor::IMAGE, launch.image.as_fd()),
         (descriptor::CONSOLE, launch.console.as_fd()),
@@ -151,24 +131,11 @@ fn keep(launch: Launch, files: Files, sender: &mpsc::SyncSender<Result<Child, Fa
         .file_name()
         .and_then(|name| CString::new(format!("kiln: {}", name.display())).ok())
         .unwrap_or_else(|| c"kiln: instance".to_owned());
-    let result = spawn(&places, &name);
-    let watched = result
-        .as_ref()
-        .ok()
-        .and_then(|child| child.pidfd.try_clone().ok());
-    drop(places);
-    drop((launch, files));
-    if sender.send(result).is_err() {
-        return;
-    }
-    if let Some(pidfd) = watched {
-        let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
-        while poll(&mut ended, None) == Err(Errno::INTR) {}
-    }
+    spawn(&places, &name)
 }
 
 /// Starts the child with the best isolation that the host allows.
-fn spawn(descriptors: &Descriptors<'_>, name: &std::ffi::CStr) -> Result<Child, Failure> {
+fn spawn(descriptors: &Descriptors<'_>, name: &std::ffi::CStr) -> Result<Started, Failure> {
     let root = rustix::process::geteuid().is_root();
     let ways: &[Isolation] = if root {
         &[
@@ -273,70 +240,4 @@ fn memory_file(name: &std::ffi::CStr, flags: MemfdFlags, bytes: &[u8]) -> io::Re
     let mut file = File::from(memfd_create(name, flags | MemfdFlags::CLOEXEC)?);
     file.write_all(bytes)?;
     Ok(file.into())
-}
-
-/// A running instance.
-struct Instance {
-    pid: u32,
-    pidfd: OwnedFd,
-    end: Option<End>,
-}
-
-impl Running for Instance {
-    fn pid(&self) -> u32 {
-        self.pid
-    }
-
-    fn ended(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    fn wait(&mut self) -> io::Result<End> {
-        if let Some(end) = &self.end {
-            return Ok(end.clone());
-        }
-        let status = loop {
-            match waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED) {
-                Err(Errno::INTR) | Ok(None) => {}
-                Err(error) => return Err(error.into()),
-                Ok(Some(status)) => break status,
-            }
-        };
-        let end = match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => End::Exited(code),
-            (None, Some(signal)) => End::Signalled(signal),
-            (None, None) => return Err(io::ErrorKind::InvalidData.into()),
-        };
-        self.end = Some(end.clone());
-        Ok(end)
-    }
-
-    fn kill(&mut self) -> io::Result<()> {
-        self.signal(Signal::KILL)
-    }
-
-    fn interrupt(&self) -> io::Result<()> {
-        self.signal(Signal::IO)
-    }
-}
-
-impl Instance {
-    fn signal(&self, signal: Signal) -> io::Result<()> {
-        if self.end.is_some() {
-            return Ok(());
-        }
-        match pidfd_send_signal(&self.pidfd, signal) {
-            Ok(()) | Err(Errno::SRCH) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-impl Drop for Instance {
-    fn drop(&mut self) {
-        if self.end.is_none() {
-            let _ = self.kill();
-            let _ = self.wait();
-        }
-    }
 }

@@ -23,17 +23,13 @@ mod launch;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::thread;
 
 use kiln_abi::host::exit_code;
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
-use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 
+use super::kept::{self, Kept};
 use super::{End, Engine, Launch, Running, StartError, Unavailable};
 
 /// QEMU's command.
@@ -46,9 +42,6 @@ const OTHER_PLACES: [&str; 4] = [
     "/usr/libexec/qemu-kvm",
     "/usr/bin/qemu-kvm",
 ];
-
-/// Bytes of stack of the thread that waits for the virtual machine.
-const KEEPER_STACK: usize = 64 << 10;
 
 /// The engine.
 #[derive(Clone, Copy, Debug, Default)]
@@ -100,26 +93,17 @@ impl Engine for QemuEngine {
             &numbers,
             acceleration(),
         );
-        let (sender, receiver) = mpsc::sync_channel(1);
         let shown = program.display().to_string();
-        thread::Builder::new()
-            .name("kiln-instance".into())
-            .stack_size(KEEPER_STACK)
-            .spawn(move || keep(launch, &program, &arguments, &sender))
-            .map_err(failed("cannot start a thread".into(), None))?;
-        let started = receiver
-            .recv()
-            .map_err(|_| io::ErrorKind::Other.into())
-            .and_then(|started| started)
-            .map_err(failed(
-                format!("cannot run {shown}"),
-                Some("check the installation of QEMU".into()),
-            ))?;
-        Ok(Box::new(Machine {
-            pid: started.pid,
-            pidfd: started.pidfd,
-            end: None,
-        }))
+        let started = kept::start(move || {
+            let mut inherited = vec![launch.console.as_fd(), launch.link.as_fd()];
+            inherited.extend(launch.frames.as_ref().map(AsFd::as_fd));
+            launch::start(&program, &arguments, &inherited, launch.console.as_fd())
+        })?
+        .map_err(failed(
+            format!("cannot run {shown}"),
+            Some("check the installation of QEMU".into()),
+        ))?;
+        Ok(Box::new(Kept::machine(started, end_of)))
     }
 }
 
@@ -274,31 +258,6 @@ fn arguments(
     arguments
 }
 
-/// Starts QEMU and stays until it has ended: Linux ends the child with the thread that started it.
-fn keep(
-    launch: Launch,
-    program: &Path,
-    arguments: &[OsString],
-    sender: &mpsc::SyncSender<io::Result<launch::Started>>,
-) {
-    let mut inherited = vec![launch.console.as_fd(), launch.link.as_fd()];
-    inherited.extend(launch.frames.as_ref().map(AsFd::as_fd));
-    let result = launch::start(program, arguments, &inherited, launch.console.as_fd());
-    let watched = result
-        .as_ref()
-        .ok()
-        .and_then(|started| started.pidfd.try_clone().ok());
-    drop(inherited);
-    drop(launch);
-    if sender.send(result).is_err() {
-        return;
-    }
-    if let Some(pidfd) = watched {
-        let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
-        while poll(&mut ended, None) == Err(Errno::INTR) {}
-    }
-}
-
 /// What QEMU's exit code says of the instance's. The shim uses `isa-debug-exit` for all codes but 0, of which seven bits come through; the
 /// kernel's word over the link is exact and goes before it.
 fn end_of(code: i32) -> End {
@@ -312,62 +271,6 @@ fn end_of(code: i32) -> End {
         (_, inner) if code & 1 == 1 => inner,
         _ => code,
     })
-}
-
-/// A running virtual machine.
-struct Machine {
-    pid: u32,
-    pidfd: OwnedFd,
-    end: Option<End>,
-}
-
-impl Running for Machine {
-    fn pid(&self) -> u32 {
-        self.pid
-    }
-
-    fn ended(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    fn wait(&mut self) -> io::Result<End> {
-        if let Some(end) = &self.end {
-            return Ok(end.clone());
-        }
-        let status = loop {
-            match waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED) {
-                Err(Errno::INTR) | Ok(None) => {}
-                Err(error) => return Err(error.into()),
-                Ok(Some(status)) => break status,
-            }
-        };
-        let end = match (status.exit_status(), status.terminating_signal()) {
-            (Some(code), _) => end_of(code),
-            (None, Some(signal)) => End::Signalled(signal),
-            (None, None) => return Err(io::ErrorKind::InvalidData.into()),
-        };
-        self.end = Some(end.clone());
-        Ok(end)
-    }
-
-    fn kill(&mut self) -> io::Result<()> {
-        if self.end.is_some() {
-            return Ok(());
-        }
-        match pidfd_send_signal(&self.pidfd, Signal::KILL) {
-            Ok(()) | Err(Errno::SRCH) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        if self.end.is_none() {
-            let _ = self.kill();
-            let _ = self.wait();
-        }
-    }
 }
 
 #[cfg(test)]

@@ -13,6 +13,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use kiln_abi::process::descriptor;
 
+use crate::engine::kept::Started;
+
 /// Bytes of the stack that the child runs on until it executes the shim.
 const STACK: usize = 64 << 10;
 
@@ -106,14 +108,6 @@ pub struct Failure {
     pub error: io::Error,
 }
 
-/// A started child.
-pub struct Child {
-    /// Process identifier.
-    pub pid: u32,
-    /// Descriptor of the process.
-    pub pidfd: OwnedFd,
-}
-
 /// Shared with the child; nothing in it needs the child to allocate.
 struct Plan<'a> {
     descriptors: &'a Descriptors<'a>,
@@ -131,7 +125,7 @@ pub fn spawn(
     descriptors: &Descriptors<'_>,
     isolation: Isolation,
     name: &CStr,
-) -> Result<Child, Failure> {
+) -> Result<Started, Failure> {
     // Handlers of the monitor must not run in the child, which shares its memory. The thread is the instance's
     // alone and never needs a signal again.
     // SAFETY: fills and reads a set.
@@ -188,7 +182,7 @@ pub fn spawn(
             error: io::Error::from_raw_os_error(error),
         });
     }
-    Ok(Child {
+    Ok(Started {
         pid: pid.unsigned_abs(),
         pidfd,
     })

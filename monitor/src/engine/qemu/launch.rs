@@ -4,20 +4,14 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-/// A started process. Not reaped yet.
-pub struct Started {
-    /// Its number.
-    pub pid: u32,
-    /// Its descriptor.
-    pub pidfd: OwnedFd,
-}
+use crate::engine::kept::Started;
 
 /// Starts a program. What it says goes to `console`.
 pub fn start(
