@@ -12,7 +12,7 @@ mod support;
 mod machine;
 mod tests;
 
-use core::fmt::Write;
+use core::fmt::{LowerHex, Write};
 
 use kiln_abi::host::BootInformation;
 
@@ -30,6 +30,19 @@ impl Write for Console<'_> {
 pub fn check(boot: &BootInformation, condition: bool, what: &str, values: &[u64]) {
     if !condition {
         let _ = writeln!(Console(boot), "WRONG: {what} {values:x?}");
+        (boot.host.exit)(1)
+    }
+}
+
+/// Says what is wrong and ends the instance if `condition` does not hold.
+pub fn holds(boot: &BootInformation, condition: bool, what: &str) {
+    check(boot, condition, what, &[]);
+}
+
+/// Says what is wrong and ends the instance if a value is not the wanted one.
+pub fn same<T: PartialEq + LowerHex>(boot: &BootInformation, got: T, wanted: T, what: &str) {
+    if got != wanted {
+        let _ = writeln!(Console(boot), "WRONG: {what}: {got:x}, not {wanted:x}");
         (boot.host.exit)(1)
     }
 }

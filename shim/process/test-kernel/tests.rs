@@ -4,12 +4,12 @@ use core::arch::global_asm;
 use core::fmt::Write;
 
 use kiln_abi::host::{
-    BootInformation, Context, Event, Message, PAGE_SIZE, Slice, Source, TrapKind, event_flags,
-    fault_flags,
+    BootInformation, Context, Event, Message, PAGE_SIZE, Slice, Source, Trap, TrapKind,
+    event_flags, fault_flags,
 };
 
 use crate::machine::{Machine, read_user, stop};
-use crate::{Console, check};
+use crate::{Console, check, holds, same};
 
 const READ: u32 = 1;
 const WRITE: u32 = 2;
@@ -145,15 +145,22 @@ fn at(program: unsafe extern "C" fn()) -> usize {
 fn load(boot: &BootInformation) {
     let host = &boot.host;
     let result = (host.map)(TEXT, PAGE_SIZE, READ | WRITE, Source::Zero as u32, 0);
-    check(boot, result == 0, "map text", &[result as u64]);
+    same(boot, result, 0, "map text");
     let start = programs as *const u8;
     let length = programs_end as *const () as usize - start as usize;
     // SAFETY: mapped just now.
     unsafe { core::ptr::copy_nonoverlapping(start, TEXT as *mut u8, length) };
     let result = (host.protect)(TEXT, PAGE_SIZE, READ | EXECUTE);
-    check(boot, result == 0, "protect text", &[result as u64]);
+    same(boot, result, 0, "protect text");
     let result = (host.map)(DATA, PAGE_SIZE, READ | WRITE, Source::Zero as u32, 0);
-    check(boot, result == 0, "map data", &[result as u64]);
+    same(boot, result, 0, "map data");
+}
+
+/// Runs the program until it comes back to the kernel, which has to be for this reason.
+fn traps(boot: &BootInformation, machine: &mut Machine, kind: TrapKind, what: &str) -> Trap {
+    let trap = machine.run();
+    same(boot, trap.kind, kind as u64, what);
+    trap
 }
 
 /// Runs a test by name.
@@ -174,7 +181,7 @@ pub fn run(boot: &'static BootInformation, name: &str) {
             let machine = Machine::new(boot);
             let page = machine.fault_page();
             let result = (boot.host.protect)(page, PAGE_SIZE, READ);
-            check(boot, result == 0, "protect", &[result as u64]);
+            same(boot, result, 0, "protect");
             stop()
         }
         "exit" => (boot.host.exit)(77),
@@ -250,16 +257,10 @@ fn registers(boot: &'static BootInformation) {
     let before = machine.vectors.0;
     for round in 0..3 {
         machine.context.rip = at(program_call) as u64;
-        let trap = machine.run();
-        check(
-            boot,
-            trap.kind == TrapKind::SystemCall as u64,
-            "kind",
-            &[trap.kind],
-        );
+        traps(boot, machine, TrapKind::SystemCall, "kind");
         let got = machine.context;
-        check(boot, got.rax == context.rax, "rax", &[got.rax]);
-        check(boot, got.rip == context.rip + 2, "rip", &[got.rip]);
+        same(boot, got.rax, context.rax, "rax");
+        same(boot, got.rip, context.rip + 2, "rip");
         // The instruction itself changes rcx and r11.
         let kept = [
             (got.rbx, context.rbx),
@@ -297,29 +298,12 @@ fn registers(boot: &'static BootInformation) {
             );
         }
     }
-    let trap = machine.run();
-    check(
-        boot,
-        trap.kind == TrapKind::InvalidInstruction as u64,
-        "goes on",
-        &[trap.kind],
-    );
-    check(
-        boot,
-        machine.context.rip == at(program_call) as u64 + 2,
-        "at",
-        &[machine.context.rip],
-    );
+    traps(boot, machine, TrapKind::InvalidInstruction, "goes on");
+    same(boot, machine.context.rip, at(program_call) as u64 + 2, "at");
     // A program that writes GS hurts nobody but itself.
     machine.context.rip = at(program_gs) as u64;
     machine.context.rax = 1;
-    let trap = machine.run();
-    check(
-        boot,
-        trap.kind == TrapKind::SystemCall as u64,
-        "after wrgsbase",
-        &[trap.kind],
-    );
+    traps(boot, machine, TrapKind::SystemCall, "after wrgsbase");
 }
 
 /// Every kind of fault in a program.
@@ -393,114 +377,48 @@ fn faults(boot: &'static BootInformation) {
     machine.vectors.0[160..164].copy_from_slice(&1f32.to_le_bytes());
     machine.vectors.0[512] = 3;
     machine.context.rip = at(program_float) as u64;
-    let trap = machine.run();
-    check(
-        boot,
-        trap.kind == TrapKind::FloatingPoint as u64,
-        "float",
-        &[trap.kind],
-    );
+    traps(boot, machine, TrapKind::FloatingPoint, "float");
     machine.vectors.0[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
 
     // An address that cannot be jumped to is the program's fault, though the kernel jumps.
     machine.context.rip = 1 << 62;
-    let trap = machine.run();
-    check(
-        boot,
-        trap.kind == TrapKind::Protection as u64,
-        "jump",
-        &[trap.kind],
-    );
-    check(
-        boot,
-        machine.context.rip == 1 << 62,
-        "jump",
-        &[machine.context.rip],
-    );
+    traps(boot, machine, TrapKind::Protection, "jump");
+    same(boot, machine.context.rip, 1 << 62, "jump");
 
     // Misaligned access with the alignment check on; and a system call with it on harms no one.
     machine.context.rip = at(program_call) as u64;
     machine.context.rflags = 0x4_0202;
-    let trap = machine.run();
-    check(
-        boot,
-        trap.kind == TrapKind::SystemCall as u64,
-        "alignment",
-        &[trap.kind],
-    );
+    traps(boot, machine, TrapKind::SystemCall, "alignment");
 }
 
 /// Faults of the kernel itself go to its fault entry.
 fn kernel_faults(boot: &'static BootInformation) {
     let machine = Machine::new(boot);
     for round in 0..3 {
-        check(
-            boot,
-            machine.store_faults(0x7000_0000 + round),
-            "unmapped",
-            &[],
-        );
+        holds(boot, machine.store_faults(0x7000_0000 + round), "unmapped");
         let fault = machine.fault();
-        let values = [fault.trap.kind, fault.trap.address, fault.rip];
-        check(
-            boot,
-            fault.trap.kind == TrapKind::MemoryFault as u64,
-            "fault",
-            &values,
-        );
-        check(
-            boot,
-            fault.trap.address == 0x7000_0000 + round as u64,
-            "fault",
-            &values,
-        );
-        check(
-            boot,
-            fault.rdi == 0x7000_0000 + round as u64,
-            "fault registers",
-            &values,
-        );
+        let address = 0x7000_0000 + round as u64;
+        same(boot, fault.trap.kind, TrapKind::MemoryFault as u64, "fault");
+        same(boot, fault.trap.address, address, "fault");
+        same(boot, fault.rdi, address, "fault registers");
     }
-    check(
+    holds(
         boot,
         machine.own_system_call_faults(),
         "system call of the kernel",
-        &[],
     );
     let fault = machine.fault();
-    check(
-        boot,
-        fault.trap.kind == TrapKind::SystemCall as u64,
-        "trap",
-        &[fault.trap.kind],
-    );
-    check(
-        boot,
-        machine.store_faults(boot.kernel_text.start),
-        "kernel text",
-        &[],
-    );
-    check(
-        boot,
-        machine.store_faults(boot.kernel.start - 1),
-        "guard page below",
-        &[],
-    );
-    check(
-        boot,
-        machine.store_faults(boot.kernel.start + boot.kernel.length),
-        "guard above",
-        &[],
-    );
-    check(
-        boot,
-        machine.store_faults(boot.program.start),
-        "manifest",
-        &[],
-    );
-    check(boot, machine.store_faults(boot.root.start), "root", &[]);
-    let handler = boot.host.map as usize;
-    check(boot, machine.store_faults(handler), "shim's text", &[]);
+    same(boot, fault.trap.kind, TrapKind::SystemCall as u64, "trap");
+    for (address, what) in [
+        (boot.kernel_text.start, "kernel text"),
+        (boot.kernel.start - 1, "guard page below"),
+        (boot.kernel.start + boot.kernel.length, "guard above"),
+        (boot.program.start, "manifest"),
+        (boot.root.start, "root"),
+        (boot.host.map as usize, "shim's text"),
+    ] {
+        holds(boot, machine.store_faults(address), what);
+    }
 }
 
 /// A system call of the host's, made by program code, is not executed by the host.
@@ -508,13 +426,7 @@ fn escape(boot: &'static BootInformation) {
     load(boot);
     let machine = Machine::new(boot);
     machine.context.rip = at(program_write) as u64;
-    let trap = machine.run();
-    check(
-        boot,
-        trap.kind == TrapKind::SystemCall as u64,
-        "kind",
-        &[trap.kind],
-    );
+    traps(boot, machine, TrapKind::SystemCall, "kind");
     let context = machine.context;
     check(
         boot,
@@ -538,14 +450,8 @@ fn events(boot: &'static BootInformation) {
 
     (host.set_timer)(start + 3 * millisecond);
     machine.context.rip = at(program_count) as u64;
-    let trap = machine.run();
+    traps(boot, machine, TrapKind::Event, "program");
     let now = (host.monotonic)();
-    check(
-        boot,
-        trap.kind == TrapKind::Event as u64,
-        "program",
-        &[trap.kind],
-    );
     check(
         boot,
         now >= start + 3 * millisecond,
@@ -561,7 +467,7 @@ fn events(boot: &'static BootInformation) {
 
     (host.set_timer)((host.monotonic)() + 3 * millisecond);
     while !machine.pending() {}
-    check(boot, machine.take_pending(), "kernel", &[]);
+    holds(boot, machine.take_pending(), "kernel");
 
     // Waiting: until the deadline, until the timer, not at all.
     let start = (host.monotonic)();
@@ -583,12 +489,11 @@ fn events(boot: &'static BootInformation) {
         "timer",
         &[result as u64, waited],
     );
-    check(boot, machine.pending(), "timer's flag", &[]);
+    holds(boot, machine.pending(), "timer's flag");
     let result = (host.wait)(events.as_mut_ptr(), 4, u64::MAX);
-    check(boot, result == 0, "pending", &[result as u64]);
+    same(boot, result, 0, "pending");
     machine.take_pending();
-    let result = (host.wait)(events.as_mut_ptr(), 4, 0);
-    check(boot, result == 0, "no wait", &[result as u64]);
+    same(boot, (host.wait)(events.as_mut_ptr(), 4, 0), 0, "no wait");
 
     // A deadline moved back, and one taken back, wake nobody.
     let start = (host.monotonic)();
@@ -729,19 +634,9 @@ fn memory(boot: &'static BootInformation) {
         "outside the root",
     );
     let result = (host.unmap)(boot.kernel.start, PAGE_SIZE);
-    check(
-        boot,
-        result == EINVAL,
-        "unmapped the kernel",
-        &[result as u64],
-    );
+    same(boot, result, EINVAL, "unmapped the kernel");
     let result = (host.protect)(boot.kernel_text.start, PAGE_SIZE, READ);
-    check(
-        boot,
-        result == EINVAL,
-        "protected the kernel's text",
-        &[result as u64],
-    );
+    same(boot, result, EINVAL, "protected the kernel's text");
 
     // Zero pages; a write to them; their discard; their end.
     map(base, mebibyte, READ | WRITE, zero, 0, 0, "zero pages");
@@ -750,38 +645,19 @@ fn memory(boot: &'static BootInformation) {
         // SAFETY: mapped by the tests.
         unsafe { (address as *mut u8).write_volatile(byte) };
     };
-    check(boot, read(base + 5) == 0, "zero", &[]);
+    same(boot, read(base + 5), 0, "zero");
     write(base + 5, 9);
-    check(boot, read(base + 5) == 9, "written", &[]);
-    check(boot, (host.discard)(base, mebibyte) == 0, "discard", &[]);
-    check(boot, read(base + 5) == 0, "discarded", &[]);
+    same(boot, read(base + 5), 9, "written");
+    same(boot, (host.discard)(base, mebibyte), 0, "discard");
+    same(boot, read(base + 5), 0, "discarded");
     let result = (host.protect)(base, mebibyte, WRITE | EXECUTE);
-    check(
-        boot,
-        result == EACCES,
-        "protect to write and execute",
-        &[result as u64],
-    );
-    check(
-        boot,
-        (host.protect)(base, PAGE_SIZE, 0) == 0,
-        "protect to nothing",
-        &[],
-    );
-    check(
-        boot,
-        read(base + 5) == -1,
-        "a copy from protected memory",
-        &[],
-    );
-    check(boot, (host.unmap)(base, mebibyte) == 0, "unmap", &[]);
-    check(boot, read(base + 5) == -1, "a copy from nowhere", &[]);
-    check(
-        boot,
-        read(1 << 63) == -1,
-        "a copy from an impossible address",
-        &[],
-    );
+    same(boot, result, EACCES, "protect to write and execute");
+    let result = (host.protect)(base, PAGE_SIZE, 0);
+    same(boot, result, 0, "protect to nothing");
+    same(boot, read(base + 5), -1, "a copy from protected memory");
+    same(boot, (host.unmap)(base, mebibyte), 0, "unmap");
+    same(boot, read(base + 5), -1, "a copy from nowhere");
+    same(boot, read(1 << 63), -1, "a copy from an impossible address");
 
     // The root: its bytes, a private copy, its bytes again.
     map(
@@ -802,31 +678,16 @@ fn memory(boot: &'static BootInformation) {
         &[wanted.into()],
     );
     write(base + 7, wanted ^ 0xff);
-    check(
+    same(boot, read(base + 7), i32::from(wanted ^ 0xff), "own byte");
+    same(
         boot,
-        read(base + 7) == i32::from(wanted ^ 0xff),
-        "own byte",
-        &[],
-    );
-    check(
-        boot,
-        read(boot.root.start + PAGE_SIZE + 7) == i32::from(wanted),
+        read(boot.root.start + PAGE_SIZE + 7),
+        i32::from(wanted),
         "root changed",
-        &[],
     );
-    check(
-        boot,
-        (host.discard)(base, 2 * PAGE_SIZE) == 0,
-        "discard",
-        &[],
-    );
-    check(
-        boot,
-        read(base + 7) == i32::from(wanted),
-        "root's byte again",
-        &[],
-    );
-    check(boot, (host.unmap)(base, 2 * PAGE_SIZE) == 0, "unmap", &[]);
+    same(boot, (host.discard)(base, 2 * PAGE_SIZE), 0, "discard");
+    same(boot, read(base + 7), i32::from(wanted), "root's byte again");
+    same(boot, (host.unmap)(base, 2 * PAGE_SIZE), 0, "unmap");
 
     // The pool: one page at two addresses.
     map(base, mebibyte, READ | WRITE, pool, 1 << 30, 0, "pool");
@@ -840,11 +701,11 @@ fn memory(boot: &'static BootInformation) {
         "pool again",
     );
     write(base + 3, 77);
-    check(boot, read(window + 3) == 77, "shared", &[]);
+    same(boot, read(window + 3), 77, "shared");
     let used = (host.memory_used)();
-    check(boot, (host.discard)(window, mebibyte) == 0, "discard", &[]);
-    check(boot, (host.memory_used)() < used, "freed", &[]);
-    check(boot, read(base + 3) == 0, "discarded for all", &[]);
+    same(boot, (host.discard)(window, mebibyte), 0, "discard");
+    holds(boot, (host.memory_used)() < used, "freed");
+    same(boot, read(base + 3), 0, "discarded for all");
 
     // What is in use is known, to within Linux's own batches of counters.
     let large = 32 * mebibyte;
@@ -859,34 +720,20 @@ fn memory(boot: &'static BootInformation) {
 
     // Constants after relocation become read-only, once and for all.
     let constants = &raw const CONSTANTS as usize;
-    check(
-        boot,
-        (host.protect)(constants, PAGE_SIZE, READ) == 0,
-        "constants",
-        &[],
-    );
-    check(
+    let result = (host.protect)(constants, PAGE_SIZE, READ);
+    same(boot, result, 0, "constants");
+    holds(
         boot,
         machine.store_faults(constants + 8),
         "constants are written",
-        &[],
     );
     let result = (host.protect)(constants, PAGE_SIZE, READ | WRITE);
-    check(
-        boot,
-        result == EINVAL,
-        "constants made writable",
-        &[result as u64],
-    );
+    same(boot, result, EINVAL, "constants made writable");
 
     let mut random = [0u64; 64];
     let length = size_of_val(&random);
-    check(
-        boot,
-        (host.entropy)(random.as_mut_ptr().cast(), length) == 0,
-        "entropy",
-        &[],
-    );
+    let result = (host.entropy)(random.as_mut_ptr().cast(), length);
+    same(boot, result, 0, "entropy");
     check(
         boot,
         random.iter().all(|word| *word != 0),
@@ -902,22 +749,11 @@ fn limit(boot: &'static BootInformation) {
     let machine = Machine::new(boot);
     let (base, length) = (0x1_0000_0000, 1usize << 40);
     let result = (host.map)(base, length, READ | WRITE, Source::Zero as u32, 0);
-    check(boot, result == 0, "reserving is free", &[result as u64]);
+    same(boot, result, 0, "reserving is free");
     machine.context.rip = at(program_touch) as u64;
     machine.context.rbx = base as u64;
-    let trap = machine.run();
-    check(
-        boot,
-        trap.kind == TrapKind::Bus as u64,
-        "kind",
-        &[trap.kind],
-    );
-    check(
-        boot,
-        trap.flags == fault_flags::EXHAUSTED,
-        "flags",
-        &[trap.flags],
-    );
+    let trap = traps(boot, machine, TrapKind::Bus, "kind");
+    same(boot, trap.flags, fault_flags::EXHAUSTED, "flags");
     let used = (host.memory_used)();
     let limit = boot.memory_limit;
     check(
@@ -927,13 +763,13 @@ fn limit(boot: &'static BootInformation) {
         &[used, limit],
     );
     let result = (host.map)(0x10_0000, PAGE_SIZE, READ | WRITE, Source::Zero as u32, 0);
-    check(boot, result == ENOMEM, "more memory", &[result as u64]);
-    check(boot, (host.unmap)(base, length) == 0, "unmap", &[]);
+    same(boot, result, ENOMEM, "more memory");
+    same(boot, (host.unmap)(base, length), 0, "unmap");
     let result = (host.map)(0x10_0000, PAGE_SIZE, READ | WRITE, Source::Zero as u32, 0);
-    check(boot, result == 0, "memory again", &[result as u64]);
+    same(boot, result, 0, "memory again");
     // A program that does not care is ended: by the shim, whatever the kernel does.
     let result = (host.map)(base, length, READ | WRITE, Source::Zero as u32, 0);
-    check(boot, result == 0, "reserving is free", &[result as u64]);
+    same(boot, result, 0, "reserving is free");
     loop {
         machine.run();
     }
@@ -948,21 +784,11 @@ fn link(boot: &'static BootInformation) {
     let mut descriptors = [-1i32; 4];
     for descriptor in 0..6 {
         let result = (host.descriptor_close)(descriptor);
-        check(
-            boot,
-            result == EBADF,
-            "closed the shim's descriptor",
-            &[result as u64],
-        );
+        same(boot, result, EBADF, "closed the shim's descriptor");
         let result = (host.descriptor_watch)(descriptor);
-        check(
-            boot,
-            result == EBADF,
-            "watched the shim's descriptor",
-            &[result as u64],
-        );
+        same(boot, result, EBADF, "watched the shim's descriptor");
     }
-    check(boot, (host.descriptor_watch)(link) == 0, "watch", &[]);
+    same(boot, (host.descriptor_watch)(link), 0, "watch");
     let mut message = Message {
         slices: core::ptr::null(),
         slice_count: 1,
@@ -984,12 +810,7 @@ fn link(boot: &'static BootInformation) {
         if result == EAGAIN {
             let count = (host.wait)(events.as_mut_ptr(), 8, u64::MAX);
             for event in events.iter().take(count as usize) {
-                check(
-                    boot,
-                    event.source == link as u32,
-                    "source",
-                    &[event.source.into()],
-                );
+                same(boot, event.source, link as u32, "source");
                 let wanted = event_flags::READABLE | event_flags::WRITABLE | event_flags::HANGUP;
                 check(
                     boot,
@@ -1025,15 +846,10 @@ fn link(boot: &'static BootInformation) {
                 ..message
             };
             let result = (host.descriptor_send)(*descriptor, &hello);
-            check(boot, result == 5, "hello", &[result as u64]);
+            same(boot, result, 5, "hello");
             let result = (host.descriptor_shutdown)(*descriptor, 1);
-            check(boot, result == 0, "shutdown", &[result as u64]);
-            check(
-                boot,
-                (host.descriptor_close)(*descriptor) == 0,
-                "close",
-                &[],
-            );
+            same(boot, result, 0, "shutdown");
+            same(boot, (host.descriptor_close)(*descriptor), 0, "close");
         }
         let echo = Slice {
             address: buffer.as_ptr() as usize,
@@ -1041,7 +857,7 @@ fn link(boot: &'static BootInformation) {
         };
         message.slices = &raw const echo;
         let sent = (host.descriptor_send)(link, &message);
-        check(boot, sent == result, "echo", &[sent as u64]);
+        same(boot, sent, result, "echo");
     }
 }
 
@@ -1085,7 +901,7 @@ fn raw_call(boot: &'static BootInformation, name: &str) {
             0
         }
     };
-    check(boot, result == 0, "the call returned", &[result as u64]);
+    same(boot, result, 0, "the call returned");
 }
 
 /// Prints what things cost.
