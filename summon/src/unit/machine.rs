@@ -417,6 +417,9 @@ impl Machine {
                     self.state = State::Ready { asked: None };
                     self.ready_since = now;
                     self.sample = (now, 0, 0);
+                    // A slow start leaves some of the time too: who waits is to be served before it is over.
+                    let earliest = now.saturating_sub(self.settings.idle / 2);
+                    self.interest = self.interest.max(earliest);
                     self.release(true, &mut actions);
                 }
             }

@@ -502,3 +502,15 @@ fn only_crashes_with_no_good_end_between_them_are_failed_starts() {
         assert_eq!(waits, crash == CRASHES);
     }
 }
+
+#[test]
+fn a_start_that_takes_longer_than_the_idle_time_is_not_in_vain() {
+    let mut world = World::new(settings(Ending::Shutdown, false, false));
+    world.happen(Happening::Query);
+    world.pass(20 * SECOND, true);
+    world.happen(Happening::BecomesReady);
+    world.pass(4 * SECOND, true);
+    assert!(matches!(world.machine.state(), State::Ready { .. }));
+    world.pass(SECOND, true);
+    assert_eq!(world.machine.state(), State::Cold);
+}
