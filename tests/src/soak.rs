@@ -125,9 +125,11 @@ fn page(address: Ipv4Addr, port: u16, path: &str, end: &str) -> Result<(), Strin
         let mut text = String::new();
         let mut buffer = [0; 4096];
         while !text.ends_with(end) {
-            match stream.read(&mut buffer)? {
-                0 => break,
-                length => {
+            match stream.read(&mut buffer) {
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+                Ok(0) => break,
+                Ok(length) => {
                     text.push_str(&String::from_utf8_lossy(
                         buffer.get(..length).unwrap_or(&[]),
                     ));
@@ -162,7 +164,14 @@ fn client(shared: &Shared, dns: u16, addresses: &[Ipv4Addr], port: u16, seed: u6
                 shared.excused.fetch_add(1, Ordering::Relaxed)
             }
             Err(error) => {
-                let line = format!("u{unit} after {:?}: {error}", begin.elapsed());
+                let now = std::time::SystemTime::now()
+                    .duration_since(std::time::UNIX_EPOCH)
+                    .unwrap_or_default();
+                let line = format!(
+                    "u{unit} after {:?}: {error}, at {:.3}",
+                    begin.elapsed(),
+                    now.as_secs_f64()
+                );
                 eprintln!("lost: {line}");
                 shared
                     .lost
