@@ -113,10 +113,6 @@ pub struct Prepared {
     pub manifest: Manifest,
 }
 
-/// Finds or builds the image of a run: the source as the user named it, what is included besides, and whether its programs
-/// are rewritten.
-pub type Pack<'a> = dyn FnMut(&Path, &[String], bool) -> Result<Packed, Failure> + 'a;
-
 /// Checks the options of a run and finds or builds its image with `pack`. Everything that can be wrong in the options is
 /// said before anything is built.
 pub fn prepare(
