@@ -3,29 +3,23 @@
 //! A program sends an echo request from its type on and receives replies in the same form; the identifier is the
 //! socket's. Requests to the machine's own addresses are answered here, others go through the backend.
 
-use alloc::{collections::VecDeque, format, string::String, sync::Arc, vec::Vec};
-use core::{
-    any::Any,
-    net::{IpAddr, SocketAddr},
-};
+use alloc::{collections::VecDeque, sync::Arc, vec::Vec};
+use core::net::{IpAddr, SocketAddr};
 
 use linux_raw_sys::net as linux;
 
 use crate::{
     Errno, Result,
-    file::{File, OpenFlags, Readiness, Sink, Source, WatchList},
-    fs::Metadata,
+    file::{Readiness, Sink, Source},
     sync::Mutex,
-    task::Thread,
 };
 
 use super::{
     Shared,
     address::{AF_INET6, Address, loopback_like, unspecified},
     backend::Datagrams,
-    ioctl,
-    option::{Options, PROTOCOL_ICMP, PROTOCOL_ICMPV6, SOL_SOCKET, SocketType},
-    socket::{Caller, Incoming, Outgoing, Socket},
+    option::{PROTOCOL_ICMP, PROTOCOL_ICMPV6},
+    socket::{Base, Caller, Incoming, Outgoing, Socket},
     tcp::check_family,
 };
 
@@ -53,11 +47,7 @@ struct State {
 
 /// An echo socket.
 pub struct EchoSocket {
-    shared: Arc<Shared>,
-    kind: SocketType,
-    number: u64,
-    watch: Arc<WatchList>,
-    options: Mutex<Options>,
+    base: Base,
     state: Mutex<State>,
 }
 
@@ -70,20 +60,13 @@ impl EchoSocket {
         } else {
             PROTOCOL_ICMP
         };
-        let number = shared.next_number();
+        let base = Base::new(shared, family, linux::SOCK_DGRAM, protocol);
+        // Any identifier will do that no other socket has.
+        let identifier = (base.number as u16).max(1);
         Arc::new(EchoSocket {
-            shared: Arc::clone(shared),
-            kind: SocketType {
-                family,
-                kind: linux::SOCK_DGRAM,
-                protocol,
-            },
-            number,
-            watch: Arc::new(WatchList::new()),
-            options: Mutex::new(Options::default()),
-            // Any identifier will do that no other socket has.
+            base,
             state: Mutex::new(State {
-                identifier: (number as u16).max(1),
+                identifier,
                 ..State::default()
             }),
         })
@@ -91,8 +74,8 @@ impl EchoSocket {
 
     /// An address of the socket's own family: ICMP and ICMPv6 are different protocols.
     fn inet(&self, address: &Address) -> Result<SocketAddr> {
-        let address = check_family(self.kind.family, true, address)?;
-        if address.is_ipv6() == (self.kind.family == AF_INET6) {
+        let address = check_family(self.base.kind.family, true, address)?;
+        if address.is_ipv6() == (self.base.kind.family == AF_INET6) {
             Ok(address)
         } else {
             Err(Errno::EAFNOSUPPORT)
@@ -103,8 +86,13 @@ impl EchoSocket {
         if let Some(external) = &self.state.lock().external {
             return Ok(Arc::clone(external));
         }
-        let backend = self.shared.backend.as_ref().ok_or(Errno::ENETUNREACH)?;
-        let external = backend.open_echo(unspecified(self.kind.family), &self.watch)?;
+        let backend = self
+            .base
+            .shared
+            .backend
+            .as_ref()
+            .ok_or(Errno::ENETUNREACH)?;
+        let external = backend.open_echo(unspecified(self.base.kind.family), &self.base.watch)?;
         self.state.lock().external = Some(Arc::clone(&external));
         Ok(external)
     }
@@ -119,7 +107,7 @@ impl EchoSocket {
         if to.ip().is_unspecified() {
             to.set_ip(loopback_like(to.ip()));
         }
-        if !self.shared.is_own(to.ip()) {
+        if !self.base.shared.is_own(to.ip()) {
             return self.external()?.send(source, to);
         }
         let mut message = source.take_vector(length)?;
@@ -138,29 +126,17 @@ impl EchoSocket {
             state.queue.push_back((to.ip(), message));
         }
         drop(state);
-        self.watch.notify(Readiness::READABLE);
+        self.base.watch.notify(Readiness::READABLE);
         Ok(length)
     }
 }
 
-impl File for EchoSocket {
-    fn as_any(&self) -> &dyn Any {
-        self
+impl Socket for EchoSocket {
+    fn base(&self) -> &Base {
+        &self.base
     }
 
-    fn as_socket(&self) -> Option<&dyn Socket> {
-        Some(self)
-    }
-
-    fn read(&self, sink: &mut Sink<'_>, _: OpenFlags) -> Result<usize> {
-        self.receive(sink, false).map(|received| received.count)
-    }
-
-    fn write(&self, source: &mut Source<'_>, _: OpenFlags) -> Result<usize> {
-        self.send_to(source, None)
-    }
-
-    fn readiness(&self) -> Readiness {
+    fn ready(&self) -> Readiness {
         let state = self.state.lock();
         let mut readiness = state
             .external
@@ -172,42 +148,16 @@ impl File for EchoSocket {
         readiness
     }
 
-    fn watch_list(&self) -> Option<&WatchList> {
-        Some(&self.watch)
-    }
-
-    fn metadata(&self) -> Result<Metadata> {
-        Ok(super::metadata(self.number))
-    }
-
-    fn ioctl(&self, thread: &Thread, request: u32, argument: u64) -> Result<usize> {
-        ioctl::ioctl(self, &self.shared, thread, request, argument)
-    }
-
-    fn describe(&self) -> String {
-        format!("socket:[{}]", self.number)
-    }
-
-    fn on_close(&self) {
+    fn close(&self) {
         let external = self.state.lock().external.take();
         if let Some(external) = external {
             external.close();
         }
     }
-}
-
-impl Socket for EchoSocket {
-    fn socket_type(&self) -> SocketType {
-        self.kind
-    }
-
-    fn options(&self) -> &Mutex<Options> {
-        &self.options
-    }
 
     fn bind(&self, _: &Caller, address: &Address) -> Result<()> {
         let address = self.inet(address)?;
-        if !self.shared.is_bindable(address.ip()) {
+        if !self.base.shared.is_bindable(address.ip()) {
             return Err(Errno::EADDRNOTAVAIL);
         }
         if address.port() != 0 {
@@ -226,12 +176,12 @@ impl Socket for EchoSocket {
     }
 
     fn local_address(&self) -> Result<Address> {
-        let mut address = unspecified(self.kind.family);
+        let mut address = unspecified(self.base.kind.family);
         let state = self.state.lock();
         address.set_port(state.identifier);
         if let Some(ip) = state
             .peer
-            .and_then(|peer| self.shared.source_for(peer.ip()))
+            .and_then(|peer| self.base.shared.source_for(peer.ip()))
         {
             address.set_ip(ip);
         }
@@ -257,12 +207,8 @@ impl Socket for EchoSocket {
     fn receive(&self, sink: &mut Sink<'_>, peek: bool) -> Result<Incoming> {
         let mut state = self.state.lock();
         if let Some((from, message)) = state.queue.front() {
-            let incoming = Incoming {
-                count: sink.put(message)?,
-                full_length: message.len(),
-                from: Some(Address::Inet(SocketAddr::new(*from, 0))),
-                ..Incoming::default()
-            };
+            let from = Address::Inet(SocketAddr::new(*from, 0));
+            let incoming = Incoming::message(sink, message, Some(from))?;
             if !peek {
                 state.queue.pop_front();
             }
@@ -270,13 +216,7 @@ impl Socket for EchoSocket {
         }
         let external = state.external.clone().ok_or(Errno::EAGAIN)?;
         drop(state);
-        let received = external.receive(sink, peek, None)?;
-        Ok(Incoming {
-            count: received.count,
-            full_length: received.full_length,
-            from: Some(Address::Inet(received.from)),
-            ..Incoming::default()
-        })
+        external.receive(sink, peek, None).map(Incoming::from)
     }
 
     fn shutdown(&self, _: bool, _: bool) -> Result<()> {
@@ -287,15 +227,8 @@ impl Socket for EchoSocket {
         }
     }
 
-    fn option(&self, level: i32, name: u32) -> Result<Vec<u8>> {
-        match (level, name) {
-            (SOL_SOCKET, linux::SO_ERROR) => {
-                let external = self.state.lock().external.clone();
-                let error = external.and_then(|external| external.take_error());
-                Ok(error.map_or(0, Errno::number).to_ne_bytes().to_vec())
-            }
-            (SOL_SOCKET, linux::SO_ACCEPTCONN) => Ok(0i32.to_ne_bytes().to_vec()),
-            _ => self.options.lock().get(self.kind, level, name),
-        }
+    fn take_error(&self) -> Option<Errno> {
+        let external = self.state.lock().external.clone();
+        external.and_then(|external| external.take_error())
     }
 }

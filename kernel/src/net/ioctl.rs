@@ -7,7 +7,6 @@ use linux_raw_sys::ioctl as linux;
 use crate::{
     Errno, Result,
     memory::user::{self, UserRange},
-    task::Thread,
     trace,
 };
 
@@ -15,6 +14,7 @@ use super::{
     Shared,
     address::{AF_INET, Address},
     backend::Interface,
+    option::LEVEL_TCP,
     socket::Socket,
 };
 
@@ -64,27 +64,21 @@ fn socket_address(ip: Ipv4Addr) -> [u8; 16] {
 ///
 /// # Errors
 /// `ENOTTY` for unknown requests, `EPERM` for changes of interfaces, `ENODEV` for unknown interfaces.
-pub fn ioctl(
-    socket: &dyn Socket,
-    shared: &Shared,
-    _: &Thread,
-    request: u32,
-    argument: u64,
-) -> Result<usize> {
+pub fn ioctl(socket: &dyn Socket, request: u32, argument: u64) -> Result<usize> {
+    let shared = &socket.base().shared;
     match request {
-        linux::FIONREAD => {
-            user::write(
-                argument,
-                &i32::try_from(socket.queued().0).unwrap_or(i32::MAX),
-            )?;
-            Ok(0)
+        // What waits at a listening TCP socket is no bytes (tcp(7)).
+        linux::FIONREAD if socket.base().kind.protocol == LEVEL_TCP && socket.is_listening() => {
+            Err(Errno::EINVAL)
         }
-        linux::TIOCOUTQ => {
-            user::write(
-                argument,
-                &i32::try_from(socket.queued().1).unwrap_or(i32::MAX),
-            )?;
-            Ok(0)
+        linux::FIONREAD | linux::TIOCOUTQ => {
+            let (input, output) = socket.queued();
+            let queued = if request == linux::FIONREAD {
+                input
+            } else {
+                output
+            };
+            user::write(argument, &i32::try_from(queued).unwrap_or(i32::MAX)).map(|()| 0)
         }
         // Urgent data is not supported, so the mark is never reached.
         linux::SIOCATMARK => user::write(argument, &0i32).map(|()| 0),

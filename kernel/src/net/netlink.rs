@@ -1,23 +1,13 @@
 //! Netlink sockets, as far as `getifaddrs(3)`, `if_nameindex(3)` and readers of routes need them (`rtnetlink(7)`): dumps
 //! of links, addresses and routes. Nothing can be changed (`EPERM`), and there are no notifications.
 
-use alloc::{
-    collections::VecDeque,
-    format,
-    string::String,
-    sync::{Arc, Weak},
-    vec::Vec,
-};
-use core::{any::Any, net::IpAddr};
-
-use linux_raw_sys::net as linux;
+use alloc::{collections::VecDeque, sync::Arc, vec::Vec};
+use core::net::IpAddr;
 
 use crate::{
     Errno, Result,
-    file::{File, OpenFlags, Readiness, Sink, Source, WatchList},
-    fs::Metadata,
+    file::{Readiness, Sink, Source},
     sync::Mutex,
-    task::Thread,
     trace,
 };
 
@@ -26,8 +16,7 @@ use super::{
     address::{AF_INET, AF_INET6, AF_NETLINK, AF_UNSPEC, Address},
     backend::Interface,
     ioctl,
-    option::{Options, SOL_SOCKET, SocketType},
-    socket::{Caller, Incoming, Outgoing, Socket},
+    socket::{Base, Caller, Incoming, Outgoing, Socket},
 };
 
 /// `NETLINK_ROUTE`: the one protocol that is supported.
@@ -337,12 +326,7 @@ fn answers(interfaces: &[Interface], mut bytes: &[u8], port: u32) -> Vec<Vec<u8>
 
 /// A netlink socket.
 pub struct NetlinkSocket {
-    this: Weak<NetlinkSocket>,
-    shared: Arc<Shared>,
-    kind: SocketType,
-    number: u64,
-    watch: WatchList,
-    options: Mutex<Options>,
+    base: Base,
     port: Mutex<u32>,
     queue: Mutex<VecDeque<Vec<u8>>>,
 }
@@ -351,17 +335,8 @@ impl NetlinkSocket {
     /// A new socket of `NETLINK_ROUTE`.
     #[must_use]
     pub fn new(shared: &Arc<Shared>, kind: u32) -> Arc<NetlinkSocket> {
-        Arc::new_cyclic(|this| NetlinkSocket {
-            this: this.clone(),
-            shared: Arc::clone(shared),
-            kind: SocketType {
-                family: AF_NETLINK,
-                kind,
-                protocol: ROUTE,
-            },
-            number: shared.next_number(),
-            watch: WatchList::new(),
-            options: Mutex::new(Options::default()),
+        Arc::new(NetlinkSocket {
+            base: Base::new(shared, AF_NETLINK, kind, ROUTE),
             port: Mutex::new(0),
             queue: Mutex::new(VecDeque::new()),
         })
@@ -371,66 +346,27 @@ impl NetlinkSocket {
         let mut port = self.port.lock();
         if *port == 0 {
             // The first socket of a process gets its identifier, others something that no process has.
-            *port = if self.number.is_multiple_of(2) {
+            *port = if self.base.number.is_multiple_of(2) {
                 caller.process.max(1)
             } else {
-                0x8000_0000 | self.number as u32
+                0x8000_0000 | self.base.number as u32
             };
         }
-        let _ = &self.this;
         *port
     }
 }
 
-impl File for NetlinkSocket {
-    fn as_any(&self) -> &dyn Any {
-        self
+impl Socket for NetlinkSocket {
+    fn base(&self) -> &Base {
+        &self.base
     }
 
-    fn as_socket(&self) -> Option<&dyn Socket> {
-        Some(self)
-    }
-
-    fn read(&self, sink: &mut Sink<'_>, _: OpenFlags) -> Result<usize> {
-        self.receive(sink, false).map(|incoming| incoming.count)
-    }
-
-    fn write(&self, source: &mut Source<'_>, _: OpenFlags) -> Result<usize> {
-        self.send(&Caller::default(), source, &mut Outgoing::default())
-    }
-
-    fn readiness(&self) -> Readiness {
+    fn ready(&self) -> Readiness {
         if self.queue.lock().is_empty() {
             Readiness::WRITABLE
         } else {
             Readiness::READABLE | Readiness::WRITABLE
         }
-    }
-
-    fn watch_list(&self) -> Option<&WatchList> {
-        Some(&self.watch)
-    }
-
-    fn metadata(&self) -> Result<Metadata> {
-        Ok(super::metadata(self.number))
-    }
-
-    fn ioctl(&self, thread: &Thread, request: u32, argument: u64) -> Result<usize> {
-        ioctl::ioctl(self, &self.shared, thread, request, argument)
-    }
-
-    fn describe(&self) -> String {
-        format!("socket:[{}]", self.number)
-    }
-}
-
-impl Socket for NetlinkSocket {
-    fn socket_type(&self) -> SocketType {
-        self.kind
-    }
-
-    fn options(&self) -> &Mutex<Options> {
-        &self.options
     }
 
     fn bind(&self, caller: &Caller, address: &Address) -> Result<()> {
@@ -477,11 +413,11 @@ impl Socket for NetlinkSocket {
         }
         let port = self.ensure_port(caller);
         let bytes = source.take_vector(64 << 10)?;
-        let datagrams = answers(&self.shared.interfaces(), &bytes, port);
+        let datagrams = answers(&self.base.shared.interfaces(), &bytes, port);
         let any = !datagrams.is_empty();
         self.queue.lock().extend(datagrams);
         if any {
-            self.watch.notify(Readiness::READABLE);
+            self.base.watch.notify(Readiness::READABLE);
         }
         Ok(bytes.len())
     }
@@ -489,12 +425,7 @@ impl Socket for NetlinkSocket {
     fn receive(&self, sink: &mut Sink<'_>, peek: bool) -> Result<Incoming> {
         let mut queue = self.queue.lock();
         let datagram = queue.front().ok_or(Errno::EAGAIN)?;
-        let incoming = Incoming {
-            count: sink.put(datagram)?,
-            full_length: datagram.len(),
-            from: Some(Address::Netlink(0, 0)),
-            ..Incoming::default()
-        };
+        let incoming = Incoming::message(sink, datagram, Some(Address::Netlink(0, 0)))?;
         if !peek {
             queue.pop_front();
         }
@@ -513,20 +444,16 @@ impl Socket for NetlinkSocket {
             } else {
                 Err(super::option::unsupported(
                     "setsockopt",
-                    self.kind,
+                    self.base.kind,
                     level,
                     name,
                 ))
             };
         }
-        self.options.lock().set(self.kind, level, name, value)
-    }
-
-    fn option(&self, level: i32, name: u32) -> Result<Vec<u8>> {
-        match (level, name) {
-            (SOL_SOCKET, linux::SO_ERROR | linux::SO_ACCEPTCONN) => Ok(0i32.to_ne_bytes().to_vec()),
-            _ => self.options.lock().get(self.kind, level, name),
-        }
+        self.base
+            .options
+            .lock()
+            .set(self.base.kind, level, name, value)
     }
 
     fn queued(&self) -> (usize, usize) {

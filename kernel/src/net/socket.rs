@@ -1,17 +1,24 @@
 //! What all sockets offer to the system calls.
 
-use alloc::{sync::Arc, vec::Vec};
-use core::net::IpAddr;
+use alloc::{format, string::String, sync::Arc, vec::Vec};
+use core::{any::Any, net::IpAddr};
+
+use linux_raw_sys::net as linux;
 
 use crate::{
     Errno, Result,
-    file::{File, OpenFile, Sink, Source},
+    file::{File, OpenFile, OpenFlags, Readiness, Sink, Source, WatchList},
+    fs::Metadata,
     sync::Mutex,
+    task::Thread,
 };
 
 use super::{
+    Shared,
     address::Address,
-    option::{Options, SocketType},
+    backend::DatagramReceived,
+    ioctl,
+    option::{Options, SOL_SOCKET, SocketType},
 };
 
 /// Who makes a call, as far as sockets care.
@@ -62,6 +69,19 @@ pub struct Incoming {
 }
 
 impl Incoming {
+    /// A message stored in `sink` as far as there is room.
+    ///
+    /// # Errors
+    /// `EFAULT`.
+    pub fn message(sink: &mut Sink<'_>, bytes: &[u8], from: Option<Address>) -> Result<Incoming> {
+        Ok(Incoming {
+            count: sink.put(bytes)?,
+            full_length: bytes.len(),
+            from,
+            ..Incoming::default()
+        })
+    }
+
     /// Bytes of a stream.
     #[must_use]
     pub fn bytes(count: usize) -> Incoming {
@@ -73,13 +93,75 @@ impl Incoming {
     }
 }
 
-/// A socket. No method blocks: what cannot be done now is `EAGAIN`.
-pub trait Socket: File {
-    /// Family, kind, protocol.
-    fn socket_type(&self) -> SocketType;
+impl From<DatagramReceived> for Incoming {
+    fn from(received: DatagramReceived) -> Incoming {
+        Incoming {
+            count: received.count,
+            full_length: received.full_length,
+            from: Some(Address::Inet(received.from)),
+            to: received.to,
+            ..Incoming::default()
+        }
+    }
+}
 
-    /// Its options.
-    fn options(&self) -> &Mutex<Options>;
+/// What every socket has.
+pub struct Base {
+    pub(super) shared: Arc<Shared>,
+    /// Family, kind, protocol.
+    pub kind: SocketType,
+    /// The inode number.
+    pub(super) number: u64,
+    /// Who hears when something can be done.
+    pub(super) watch: Arc<WatchList>,
+    /// What `setsockopt(2)` changes.
+    pub options: Mutex<Options>,
+}
+
+impl Base {
+    /// Of a new socket.
+    #[must_use]
+    pub fn new(shared: &Arc<Shared>, family: u16, kind: u32, protocol: i32) -> Base {
+        Base {
+            shared: Arc::clone(shared),
+            kind: SocketType {
+                family,
+                kind,
+                protocol,
+            },
+            number: shared.next_number(),
+            watch: Arc::new(WatchList::new()),
+            options: Mutex::new(Options::default()),
+        }
+    }
+}
+
+/// A socket, which is a file by that alone. No method blocks: what cannot be done now is `EAGAIN`.
+pub trait Socket: File {
+    /// What every socket has.
+    fn base(&self) -> &Base;
+
+    /// What can be done now without blocking ([`File::readiness`]).
+    fn ready(&self) -> Readiness;
+
+    /// `read(2)`.
+    ///
+    /// # Errors
+    /// As `recv(2)`.
+    fn take(&self, sink: &mut Sink<'_>) -> Result<usize> {
+        self.receive(sink, false).map(|incoming| incoming.count)
+    }
+
+    /// `write(2)`.
+    ///
+    /// # Errors
+    /// As `send(2)`.
+    fn put(&self, source: &mut Source<'_>) -> Result<usize> {
+        self.send(&Caller::default(), source, &mut Outgoing::default())
+    }
+
+    /// The last descriptor has been closed.
+    fn close(&self) {}
 
     /// `bind(2)`.
     ///
@@ -158,17 +240,24 @@ pub trait Socket: File {
     /// # Errors
     /// As `setsockopt(2)`.
     fn set_option(&self, level: i32, name: u32, value: &[u8]) -> Result<()> {
-        self.options()
-            .lock()
-            .set(self.socket_type(), level, name, value)
+        let base = self.base();
+        base.options.lock().set(base.kind, level, name, value)
     }
 
-    /// `getsockopt(2)`.
-    ///
-    /// # Errors
-    /// As `getsockopt(2)`.
-    fn option(&self, level: i32, name: u32) -> Result<Vec<u8>> {
-        self.options().lock().get(self.socket_type(), level, name)
+    /// An option that only this kind of socket has.
+    fn own_option(&self, level: i32, name: u32) -> Option<Vec<u8>> {
+        let _ = (level, name);
+        None
+    }
+
+    /// Takes the pending error (`SO_ERROR`).
+    fn take_error(&self) -> Option<Errno> {
+        None
+    }
+
+    /// Whether it waits for connections.
+    fn is_listening(&self) -> bool {
+        false
     }
 
     /// Whether it is a byte stream: a blocking send then goes on until all bytes are taken.
@@ -179,6 +268,72 @@ pub trait Socket: File {
     /// Bytes of buffered input and output (`SIOCINQ`, `SIOCOUTQ`).
     fn queued(&self) -> (usize, usize) {
         (0, 0)
+    }
+}
+
+impl dyn Socket {
+    /// `getsockopt(2)`.
+    ///
+    /// # Errors
+    /// As `getsockopt(2)`.
+    pub fn option(&self, level: i32, name: u32) -> Result<Vec<u8>> {
+        let number = match (level, name) {
+            (SOL_SOCKET, linux::SO_ERROR) => self.take_error().map_or(0, Errno::number),
+            (SOL_SOCKET, linux::SO_ACCEPTCONN) => i32::from(self.is_listening()),
+            _ => {
+                let base = self.base();
+                return match self.own_option(level, name) {
+                    Some(value) => Ok(value),
+                    None => base.options.lock().get(base.kind, level, name),
+                };
+            }
+        };
+        Ok(number.to_ne_bytes().to_vec())
+    }
+}
+
+impl<T: Socket> File for T {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_socket(&self) -> Option<&dyn Socket> {
+        Some(self)
+    }
+
+    #[inline]
+    fn read(&self, sink: &mut Sink<'_>, _: OpenFlags) -> Result<usize> {
+        self.take(sink)
+    }
+
+    #[inline]
+    fn write(&self, source: &mut Source<'_>, _: OpenFlags) -> Result<usize> {
+        self.put(source)
+    }
+
+    #[inline]
+    fn readiness(&self) -> Readiness {
+        self.ready()
+    }
+
+    fn watch_list(&self) -> Option<&WatchList> {
+        Some(&self.base().watch)
+    }
+
+    fn metadata(&self) -> Result<Metadata> {
+        Ok(super::metadata(self.base().number))
+    }
+
+    fn ioctl(&self, _: &Thread, request: u32, argument: u64) -> Result<usize> {
+        ioctl::ioctl(self, request, argument)
+    }
+
+    fn describe(&self) -> String {
+        format!("socket:[{}]", self.base().number)
+    }
+
+    fn on_close(&self) {
+        self.close();
     }
 }
 

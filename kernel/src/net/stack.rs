@@ -728,6 +728,30 @@ fn configure(stack: &mut Stack, id: SocketId, options: &Options) -> Result<(), E
     stack.tcp_set_hop_limit(id, (options.ttl != 64).then_some(options.ttl))
 }
 
+/// Moves bytes by at most two steps: a buffer is a ring, and what wraps around takes a second one. `step` gives how many bytes
+/// it moved and whether another may move more, and puts aside what the program's memory refused.
+fn in_steps(
+    mut step: impl FnMut(&mut Option<Errno>) -> core::result::Result<(usize, bool), Error>,
+) -> Result<usize> {
+    let mut done = 0;
+    for _ in 0..2 {
+        let mut fault = None;
+        match (step(&mut fault), fault) {
+            (_, Some(fault)) if done == 0 => return Err(fault),
+            (Ok((0, _)), _) => break,
+            (Ok((count, more)), _) => {
+                done += count;
+                if !more {
+                    break;
+                }
+            }
+            (Err(_), _) if done > 0 => break,
+            (Err(error), _) => return Err(errno(error)),
+        }
+    }
+    Ok(done)
+}
+
 /// A connection of the stack.
 struct StackStream {
     network: Weak<StackNetwork>,
@@ -755,55 +779,30 @@ impl Stream for StackStream {
             return sink.put(bytes.get(..count).unwrap_or_default());
         }
         self.with(|stack| {
-            let mut done = 0;
-            // The buffer is a ring: what wraps around takes a second step.
-            for _ in 0..2 {
-                let mut fault = None;
-                let result = stack.tcp_receive_with(id, |bytes| {
+            in_steps(|fault| {
+                let count = stack.tcp_receive_with(id, |bytes| {
                     sink.put(bytes).unwrap_or_else(|error| {
-                        fault = Some(error);
+                        *fault = Some(error);
                         0
                     })
-                });
-                match result {
-                    _ if done == 0 && fault.is_some() => return Err(fault.unwrap_or(Errno::EFAULT)),
-                    Ok(0) => break,
-                    Ok(count) => done += count,
-                    Err(_) if done > 0 => break,
-                    Err(error) => return Err(errno(error)),
-                }
-                if sink.remaining() == 0 || stack.tcp_queues(id).0 == 0 {
-                    break;
-                }
-            }
-            Ok(done)
+                })?;
+                Ok((count, sink.remaining() > 0 && stack.tcp_queues(id).0 > 0))
+            })
         })?
     }
 
     fn send(&self, source: &mut Source<'_>, _: bool) -> Result<usize> {
         let id = self.id;
         self.with(|stack| {
-            let mut done = 0;
-            for _ in 0..2 {
-                let mut fault = None;
-                let result = stack.tcp_send_with(id, |space| {
+            in_steps(|fault| {
+                let count = stack.tcp_send_with(id, |space| {
                     source.take(space).unwrap_or_else(|error| {
-                        fault = Some(error);
+                        *fault = Some(error);
                         0
                     })
-                });
-                match result {
-                    _ if done == 0 && fault.is_some() => return Err(fault.unwrap_or(Errno::EFAULT)),
-                    Ok(0) => break,
-                    Ok(count) => done += count,
-                    Err(_) if done > 0 => break,
-                    Err(error) => return Err(errno(error)),
-                }
-                if source.remaining() == 0 {
-                    break;
-                }
-            }
-            Ok(done)
+                })?;
+                Ok((count, source.remaining() > 0))
+            })
         })?
     }
 

@@ -4,13 +4,10 @@
 //! this module. Watchers are notified with no lock of this module held.
 
 use alloc::{
-    format,
-    string::String,
     sync::{Arc, Weak},
     vec::Vec,
 };
 use core::{
-    any::Any,
     net::{IpAddr, SocketAddr},
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -20,19 +17,16 @@ use spin::Once;
 
 use crate::{
     Errno, Result,
-    file::{File, OpenFlags, Readiness, Sink, Source, WatchList},
-    fs::Metadata,
+    file::{File, Readiness, Sink, Source, WatchList},
     sync::Mutex,
-    task::Thread,
 };
 
 use super::{
     Shared,
     address::{AF_INET, AF_INET6, Address, loopback_like, unspecified},
-    ioctl,
     local::{Listener, Pending, PortLease, Scope, Transport},
-    option::{LEVEL_IPV6, LEVEL_TCP, Options, SOL_SOCKET, SocketType},
-    socket::{Caller, Incoming, Outgoing, Socket, Stream},
+    option::{LEVEL_IPV6, LEVEL_TCP, Options},
+    socket::{Base, Caller, Incoming, Outgoing, Socket, Stream},
     stream::{Rules, StreamEnd, pair},
 };
 
@@ -73,11 +67,7 @@ struct Connection {
 /// A TCP socket.
 pub struct TcpSocket {
     this: Weak<TcpSocket>,
-    shared: Arc<Shared>,
-    kind: SocketType,
-    number: u64,
-    watch: Arc<WatchList>,
-    options: Mutex<Options>,
+    base: Base,
     state: Mutex<State>,
     bound: Mutex<Option<Bound>>,
     connection: Once<Connection>,
@@ -148,15 +138,11 @@ impl TcpSocket {
     ) -> Arc<TcpSocket> {
         Arc::new_cyclic(|this| TcpSocket {
             this: this.clone(),
-            shared: Arc::clone(shared),
-            kind: SocketType {
-                family,
-                kind: linux::SOCK_STREAM,
-                protocol: LEVEL_TCP,
+            base: Base {
+                watch,
+                options: Mutex::new(options),
+                ..Base::new(shared, family, linux::SOCK_STREAM, LEVEL_TCP)
             },
-            number: shared.next_number(),
-            watch,
-            options: Mutex::new(options),
             state: Mutex::new(state),
             bound: Mutex::new(None),
             connection: connection.map_or_else(Once::new, Once::initialized),
@@ -168,7 +154,11 @@ impl TcpSocket {
 
     /// The address as this socket may use it.
     fn inet(&self, address: &Address) -> Result<SocketAddr> {
-        check_family(self.kind.family, self.options.lock().v6_only, address)
+        check_family(
+            self.base.kind.family,
+            self.base.options.lock().v6_only,
+            address,
+        )
     }
 
     /// Binds to any port if not bound.
@@ -177,12 +167,13 @@ impl TcpSocket {
         if let Some(bound) = &*bound {
             return Ok(bound.address);
         }
-        let options = self.options.lock();
+        let options = self.base.options.lock();
         let scope = Scope {
             ip,
-            dual: self.kind.family == AF_INET6 && ip.is_unspecified() && !options.v6_only,
+            dual: self.base.kind.family == AF_INET6 && ip.is_unspecified() && !options.v6_only,
         };
         let lease = self
+            .base
             .shared
             .tables
             .bind(Transport::Tcp, scope, 0, &options)?;
@@ -195,16 +186,6 @@ impl TcpSocket {
         Ok(address)
     }
 
-    /// Takes the pending error.
-    fn take_error(&self) -> Option<Errno> {
-        let own = self.error.lock().take();
-        own.or_else(|| {
-            self.connection
-                .get()
-                .and_then(|connection| connection.stream.take_error())
-        })
-    }
-
     /// A background connect has succeeded. Closes the stream if the socket has gone meanwhile.
     pub fn complete(&self, stream: Arc<dyn Stream>, local: SocketAddr, peer: SocketAddr) {
         let mut state = self.state.lock();
@@ -215,14 +196,16 @@ impl TcpSocket {
         }
         *state = State::Connected;
         drop(state);
-        stream.configure(&self.options.lock());
+        stream.configure(&self.base.options.lock());
         self.connection.call_once(|| Connection {
             stream,
             local,
             peer,
         });
         self.unannounced.store(true, Ordering::Relaxed);
-        self.watch.notify(Readiness::WRITABLE | Readiness::READABLE);
+        self.base
+            .watch
+            .notify(Readiness::WRITABLE | Readiness::READABLE);
     }
 
     /// The local listener has made place for this connecting socket.
@@ -248,7 +231,7 @@ impl TcpSocket {
         drop(state);
         drop(earlier);
         *self.error.lock() = Some(error);
-        self.watch.notify(Readiness::all());
+        self.base.watch.notify(Readiness::all());
     }
 
     /// Connects within the machine.
@@ -273,10 +256,10 @@ impl TcpSocket {
             }
             Err(Errno::ECONNREFUSED)
         };
-        let Some(listener) = self.shared.tables.find_listener(to) else {
+        let Some(listener) = self.base.shared.tables.find_listener(to) else {
             return refused();
         };
-        let options = self.options.lock().clone();
+        let options = self.base.options.lock().clone();
         let limit = if options.buffers_set {
             options.send_buffer as usize
         } else {
@@ -285,7 +268,7 @@ impl TcpSocket {
         let peer_watch = Arc::new(WatchList::new());
         let (mine, theirs) = pair(
             Rules::Tcp,
-            [Arc::clone(&self.watch), Arc::clone(&peer_watch)],
+            [Arc::clone(&self.base.watch), Arc::clone(&peer_watch)],
             limit,
         );
         let pending = Pending {
@@ -339,21 +322,21 @@ impl TcpSocket {
     /// Ends everything, as the last close does.
     fn end(&self) {
         let state = core::mem::replace(&mut *self.state.lock(), State::Closed);
-        let abort = self.options.lock().linger == Some(0);
+        let abort = self.base.options.lock().linger == Some(0);
         match state {
             State::Listening {
                 listener,
                 on_backend,
             } => {
-                self.shared.tables.remove_listener(&listener);
-                if on_backend && let Some(backend) = &self.shared.backend {
+                self.base.shared.tables.remove_listener(&listener);
+                if on_backend && let Some(backend) = &self.base.shared.backend {
                     backend.unlisten(listener.scope, listener.port);
                 }
                 listener.close();
             }
             State::Connecting { attempt, waiting } => {
                 if let Some(attempt) = attempt
-                    && let Some(backend) = &self.shared.backend
+                    && let Some(backend) = &self.base.shared.backend
                 {
                     backend.cancel(attempt);
                 }
@@ -425,22 +408,18 @@ pub fn check_family(family: u16, v6_only: bool, address: &Address) -> Result<Soc
     }
 }
 
-impl File for TcpSocket {
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_socket(&self) -> Option<&dyn Socket> {
-        Some(self)
+impl Socket for TcpSocket {
+    fn base(&self) -> &Base {
+        &self.base
     }
 
     #[inline]
-    fn read(&self, sink: &mut Sink<'_>, _: OpenFlags) -> Result<usize> {
+    fn take(&self, sink: &mut Sink<'_>) -> Result<usize> {
         self.stream()?.receive(sink, false)
     }
 
     #[inline]
-    fn write(&self, source: &mut Source<'_>, _: OpenFlags) -> Result<usize> {
+    fn put(&self, source: &mut Source<'_>) -> Result<usize> {
         match self.connection.get() {
             Some(connection) => connection.stream.send(source, false),
             None => match self.not_connected() {
@@ -450,7 +429,7 @@ impl File for TcpSocket {
         }
     }
 
-    fn readiness(&self) -> Readiness {
+    fn ready(&self) -> Readiness {
         if let Some(connection) = self.connection.get() {
             return connection.stream.readiness();
         }
@@ -469,39 +448,8 @@ impl File for TcpSocket {
         readiness
     }
 
-    fn watch_list(&self) -> Option<&WatchList> {
-        Some(&self.watch)
-    }
-
-    fn metadata(&self) -> Result<Metadata> {
-        Ok(super::metadata(self.number))
-    }
-
-    fn ioctl(&self, thread: &Thread, request: u32, argument: u64) -> Result<usize> {
-        if request == linux_raw_sys::ioctl::FIONREAD
-            && matches!(*self.state.lock(), State::Listening { .. })
-        {
-            return Err(Errno::EINVAL);
-        }
-        ioctl::ioctl(self, &self.shared, thread, request, argument)
-    }
-
-    fn describe(&self) -> String {
-        format!("socket:[{}]", self.number)
-    }
-
-    fn on_close(&self) {
+    fn close(&self) {
         self.end();
-    }
-}
-
-impl Socket for TcpSocket {
-    fn socket_type(&self) -> SocketType {
-        self.kind
-    }
-
-    fn options(&self) -> &Mutex<Options> {
-        &self.options
     }
 
     fn bind(&self, _: &Caller, address: &Address) -> Result<()> {
@@ -509,18 +457,21 @@ impl Socket for TcpSocket {
         if self.bound.lock().is_some() || !matches!(*self.state.lock(), State::Idle) {
             return Err(Errno::EINVAL);
         }
-        let options = self.options.lock();
+        let options = self.base.options.lock();
         let ip = address.ip();
-        if !options.free_bind && !self.shared.is_bindable(ip) {
+        if !options.free_bind && !self.base.shared.is_bindable(ip) {
             return Err(Errno::EADDRNOTAVAIL);
         }
-        let dual =
-            self.kind.family == AF_INET6 && ip.is_unspecified() && ip.is_ipv6() && !options.v6_only;
+        let dual = self.base.kind.family == AF_INET6
+            && ip.is_unspecified()
+            && ip.is_ipv6()
+            && !options.v6_only;
         let scope = Scope { ip, dual };
-        let lease = self
-            .shared
-            .tables
-            .bind(Transport::Tcp, scope, address.port(), &options)?;
+        let lease =
+            self.base
+                .shared
+                .tables
+                .bind(Transport::Tcp, scope, address.port(), &options)?;
         let mut address = address;
         address.set_port(lease.port());
         *self.bound.lock() = Some(Bound {
@@ -544,7 +495,7 @@ impl Socket for TcpSocket {
             State::Idle => {}
             _ => return Err(Errno::EINVAL),
         }
-        self.ensure_bound(unspecified(self.kind.family).ip())?;
+        self.ensure_bound(unspecified(self.base.kind.family).ip())?;
         let bound = self.bound.lock();
         let bound = bound.as_ref().ok_or(Errno::EINVAL)?;
         if let Some(lease) = &bound.lease {
@@ -554,16 +505,16 @@ impl Socket for TcpSocket {
             bound.scope,
             bound.address.port(),
             backlog,
-            Arc::clone(&self.watch),
+            Arc::clone(&self.base.watch),
         );
         let mut on_backend = false;
-        if let Some(backend) = &self.shared.backend
+        if let Some(backend) = &self.base.shared.backend
             && !bound.scope.ip.is_loopback()
         {
             backend.listen(bound.scope, bound.address.port(), backlog)?;
             on_backend = true;
         }
-        self.shared.tables.add_listener(&listener);
+        self.base.shared.tables.add_listener(&listener);
         *self.state.lock() = State::Listening {
             listener,
             on_backend,
@@ -577,7 +528,7 @@ impl Socket for TcpSocket {
             _ => return Err(Errno::EINVAL),
         };
         let pending = listener.pop()?;
-        let mut options = self.options.lock().clone();
+        let mut options = self.base.options.lock().clone();
         options.receive_timeout = 0;
         options.send_timeout = 0;
         pending.stream.configure(&options);
@@ -587,8 +538,8 @@ impl Socket for TcpSocket {
             peer: pending.peer,
         };
         let socket = TcpSocket::with(
-            &self.shared,
-            self.kind.family,
+            &self.base.shared,
+            self.base.kind.family,
             pending.watch,
             options,
             State::Connected,
@@ -619,10 +570,15 @@ impl Socket for TcpSocket {
         if to.ip().is_unspecified() {
             to.set_ip(loopback_like(to.ip()));
         }
-        if self.shared.is_own(to.ip()) {
+        if self.base.shared.is_own(to.ip()) {
             return self.connect_local(to, caller);
         }
-        let backend = self.shared.backend.as_ref().ok_or(Errno::ENETUNREACH)?;
+        let backend = self
+            .base
+            .shared
+            .backend
+            .as_ref()
+            .ok_or(Errno::ENETUNREACH)?;
         let from = self.bound.lock().as_ref().map(|bound| bound.address);
         if from.is_some_and(|from| from.ip().is_loopback()) {
             // Nothing comes back to a loopback address.
@@ -632,8 +588,8 @@ impl Socket for TcpSocket {
             attempt: None,
             waiting: None,
         };
-        let options = self.options.lock().clone();
-        match backend.connect(&self.this, &self.watch, from, to, &options) {
+        let options = self.base.options.lock().clone();
+        match backend.connect(&self.this, &self.base.watch, from, to, &options) {
             Ok(number) => {
                 if let State::Connecting { attempt, .. } = &mut *self.state.lock() {
                     *attempt = Some(number);
@@ -665,7 +621,7 @@ impl Socket for TcpSocket {
         }
         let bound = self.bound.lock().as_ref().map(|bound| bound.address);
         Ok(Address::Inet(
-            bound.unwrap_or(unspecified(self.kind.family)),
+            bound.unwrap_or(unspecified(self.base.kind.family)),
         ))
     }
 
@@ -682,7 +638,7 @@ impl Socket for TcpSocket {
         }
         match self.connection.get() {
             Some(connection) => connection.stream.send(source, message.more),
-            None => self.write(source, OpenFlags::empty()),
+            None => self.put(source),
         }
     }
 
@@ -695,44 +651,48 @@ impl Socket for TcpSocket {
             self.write_closed.fetch_or(write, Ordering::Relaxed);
             return connection.stream.shutdown(read, write);
         }
-        if read && matches!(*self.state.lock(), State::Listening { .. }) {
+        if read && self.is_listening() {
             let bound = self.bound.lock().take();
             self.end();
             *self.state.lock() = State::Idle;
             *self.bound.lock() = bound;
-            self.watch.notify(Readiness::READABLE | Readiness::HANGUP);
+            self.base
+                .watch
+                .notify(Readiness::READABLE | Readiness::HANGUP);
             return Ok(());
         }
         Err(Errno::ENOTCONN)
     }
 
     fn set_option(&self, level: i32, name: u32, value: &[u8]) -> Result<()> {
-        let mut options = self.options.lock();
+        let mut options = self.base.options.lock();
         if level == LEVEL_IPV6 && name == linux::IPV6_V6ONLY && self.bound.lock().is_some() {
             return Err(Errno::EINVAL);
         }
-        options.set(self.kind, level, name, value)?;
+        options.set(self.base.kind, level, name, value)?;
         if let Some(connection) = self.connection.get() {
             connection.stream.configure(&options);
         }
         Ok(())
     }
 
-    fn option(&self, level: i32, name: u32) -> Result<Vec<u8>> {
+    fn take_error(&self) -> Option<Errno> {
+        let own = self.error.lock().take();
+        own.or_else(|| {
+            self.connection
+                .get()
+                .and_then(|connection| connection.stream.take_error())
+        })
+    }
+
+    fn is_listening(&self) -> bool {
+        matches!(*self.state.lock(), State::Listening { .. })
+    }
+
+    fn own_option(&self, level: i32, name: u32) -> Option<Vec<u8>> {
         match (level, name) {
-            (SOL_SOCKET, linux::SO_ERROR) => Ok(self
-                .take_error()
-                .map_or(0, Errno::number)
-                .to_ne_bytes()
-                .to_vec()),
-            (SOL_SOCKET, linux::SO_ACCEPTCONN) => Ok(i32::from(matches!(
-                *self.state.lock(),
-                State::Listening { .. }
-            ))
-            .to_ne_bytes()
-            .to_vec()),
-            (LEVEL_TCP, linux::TCP_INFO) => Ok(self.information()),
-            _ => self.options.lock().get(self.kind, level, name),
+            (LEVEL_TCP, linux::TCP_INFO) => Some(self.information()),
+            _ => None,
         }
     }
 

@@ -5,34 +5,26 @@
 
 use alloc::{
     collections::VecDeque,
-    format,
-    string::String,
     sync::{Arc, Weak},
     vec::Vec,
 };
-use core::{
-    any::Any,
-    net::{IpAddr, SocketAddr},
-};
+use core::net::{IpAddr, SocketAddr};
 
 use linux_raw_sys::net as linux;
 
 use crate::{
     Errno, Result,
-    file::{File, OpenFlags, Readiness, Sink, Source, WatchList},
-    fs::Metadata,
+    file::{Readiness, Sink, Source},
     sync::Mutex,
-    task::Thread,
 };
 
 use super::{
     Shared,
     address::{AF_INET6, Address, loopback_like, unspecified},
     backend::Datagrams,
-    ioctl,
     local::{PortLease, Scope, Transport},
-    option::{LEVEL_UDP, Options, SOL_SOCKET, SocketType},
-    socket::{Caller, Incoming, Outgoing, Socket},
+    option::LEVEL_UDP,
+    socket::{Base, Caller, Incoming, Outgoing, Socket},
     tcp::check_family,
 };
 
@@ -69,11 +61,7 @@ const OVERHEAD: usize = 256;
 /// A UDP socket.
 pub struct UdpSocket {
     this: Weak<UdpSocket>,
-    shared: Arc<Shared>,
-    kind: SocketType,
-    number: u64,
-    watch: Arc<WatchList>,
-    options: Mutex<Options>,
+    base: Base,
     state: Mutex<State>,
     error: Mutex<Option<Errno>>,
 }
@@ -84,15 +72,7 @@ impl UdpSocket {
     pub fn new(shared: &Arc<Shared>, family: u16) -> Arc<UdpSocket> {
         Arc::new_cyclic(|this| UdpSocket {
             this: this.clone(),
-            shared: Arc::clone(shared),
-            kind: SocketType {
-                family,
-                kind: linux::SOCK_DGRAM,
-                protocol: LEVEL_UDP,
-            },
-            number: shared.next_number(),
-            watch: Arc::new(WatchList::new()),
-            options: Mutex::new(Options::default()),
+            base: Base::new(shared, family, linux::SOCK_DGRAM, LEVEL_UDP),
             state: Mutex::new(State::default()),
             error: Mutex::new(None),
         })
@@ -111,19 +91,23 @@ impl UdpSocket {
     }
 
     fn bind_to(&self, address: SocketAddr) -> Result<SocketAddr> {
-        let options = self.options.lock();
+        let options = self.base.options.lock();
         let ip = address.ip();
-        let dual =
-            self.kind.family == AF_INET6 && ip.is_ipv6() && ip.is_unspecified() && !options.v6_only;
+        let dual = self.base.kind.family == AF_INET6
+            && ip.is_ipv6()
+            && ip.is_unspecified()
+            && !options.v6_only;
         let scope = Scope { ip, dual };
-        let lease = self
-            .shared
-            .tables
-            .bind(Transport::Udp, scope, address.port(), &options)?;
+        let lease =
+            self.base
+                .shared
+                .tables
+                .bind(Transport::Udp, scope, address.port(), &options)?;
         drop(options);
         let mut address = address;
         address.set_port(lease.port());
-        self.shared
+        self.base
+            .shared
             .tables
             .add_datagram(lease.port(), self.this.clone());
         self.state.lock().bound = Some(Bound {
@@ -138,7 +122,7 @@ impl UdpSocket {
         if let Some(bound) = &self.state.lock().bound {
             return Ok(bound.address);
         }
-        self.bind_to(unspecified(self.kind.family))
+        self.bind_to(unspecified(self.base.kind.family))
     }
 
     /// The backend's socket, opened if need be.
@@ -146,7 +130,12 @@ impl UdpSocket {
         if let Some(external) = &self.state.lock().external {
             return Ok(Arc::clone(external));
         }
-        let backend = self.shared.backend.as_ref().ok_or(Errno::ENETUNREACH)?;
+        let backend = self
+            .base
+            .shared
+            .backend
+            .as_ref()
+            .ok_or(Errno::ENETUNREACH)?;
         let address = self.ensure_bound()?;
         if address.ip().is_loopback() {
             return Err(Errno::EINVAL);
@@ -157,7 +146,7 @@ impl UdpSocket {
             .bound
             .as_ref()
             .is_some_and(|bound| bound.scope.dual);
-        let external = backend.open_datagram(address, dual, &self.watch)?;
+        let external = backend.open_datagram(address, dual, &self.base.watch)?;
         self.state.lock().external = Some(Arc::clone(&external));
         Ok(external)
     }
@@ -171,7 +160,7 @@ impl UdpSocket {
 
     /// Puts a datagram into the queue, or drops it if there is no room.
     fn deliver(&self, datagram: Datagram) {
-        let limit = self.options.lock().receive_buffer as usize;
+        let limit = self.base.options.lock().receive_buffer as usize;
         let mut state = self.state.lock();
         if state.read_closed
             || state.queued + datagram.bytes.len() + OVERHEAD > limit.max(OVERHEAD * 2)
@@ -181,7 +170,7 @@ impl UdpSocket {
         state.queued += datagram.bytes.len() + OVERHEAD;
         state.queue.push_back(datagram);
         drop(state);
-        self.watch.notify(Readiness::READABLE);
+        self.base.watch.notify(Readiness::READABLE);
     }
 
     fn send_to(&self, source: &mut Source<'_>, to: Option<SocketAddr>) -> Result<usize> {
@@ -201,10 +190,10 @@ impl UdpSocket {
             to.set_ip(loopback_like(to.ip()));
         }
         self.error_or(|| Ok(()))?;
-        if !self.shared.is_own(to.ip()) {
+        if !self.base.shared.is_own(to.ip()) {
             if let IpAddr::V4(ip) = to.ip()
                 && ip.is_broadcast()
-                && !self.options.lock().broadcast
+                && !self.base.options.lock().broadcast
             {
                 return Err(Errno::EACCES);
             }
@@ -222,7 +211,7 @@ impl UdpSocket {
         if bytes.len() < length {
             return Err(Errno::EFAULT);
         }
-        match self.shared.tables.find_datagram(from, to) {
+        match self.base.shared.tables.find_datagram(from, to) {
             Some(socket) => socket.deliver(Datagram {
                 from,
                 to: to.ip(),
@@ -231,7 +220,7 @@ impl UdpSocket {
             // What "port unreachable" tells, connected sockets alone (udp(7)).
             None if connected.is_some() => {
                 *self.error.lock() = Some(Errno::ECONNREFUSED);
-                self.watch.notify(Readiness::all());
+                self.base.watch.notify(Readiness::all());
             }
             None => {}
         }
@@ -247,7 +236,8 @@ impl UdpSocket {
         state.write_closed = true;
         drop(state);
         if let Some(bound) = bound {
-            self.shared
+            self.base
+                .shared
                 .tables
                 .remove_datagram(bound.lease.port(), &self.this);
         }
@@ -257,24 +247,12 @@ impl UdpSocket {
     }
 }
 
-impl File for UdpSocket {
-    fn as_any(&self) -> &dyn Any {
-        self
+impl Socket for UdpSocket {
+    fn base(&self) -> &Base {
+        &self.base
     }
 
-    fn as_socket(&self) -> Option<&dyn Socket> {
-        Some(self)
-    }
-
-    fn read(&self, sink: &mut Sink<'_>, _: OpenFlags) -> Result<usize> {
-        self.receive(sink, false).map(|received| received.count)
-    }
-
-    fn write(&self, source: &mut Source<'_>, _: OpenFlags) -> Result<usize> {
-        self.send_to(source, None)
-    }
-
-    fn readiness(&self) -> Readiness {
+    fn ready(&self) -> Readiness {
         let state = self.state.lock();
         let mut readiness = Readiness::WRITABLE;
         if !state.queue.is_empty() || state.read_closed {
@@ -299,46 +277,25 @@ impl File for UdpSocket {
         readiness
     }
 
-    fn watch_list(&self) -> Option<&WatchList> {
-        Some(&self.watch)
-    }
-
-    fn metadata(&self) -> Result<Metadata> {
-        Ok(super::metadata(self.number))
-    }
-
-    fn ioctl(&self, thread: &Thread, request: u32, argument: u64) -> Result<usize> {
-        ioctl::ioctl(self, &self.shared, thread, request, argument)
-    }
-
-    fn describe(&self) -> String {
-        format!("socket:[{}]", self.number)
-    }
-
-    fn on_close(&self) {
+    fn close(&self) {
         self.end();
-    }
-}
-
-impl Socket for UdpSocket {
-    fn socket_type(&self) -> SocketType {
-        self.kind
-    }
-
-    fn options(&self) -> &Mutex<Options> {
-        &self.options
     }
 
     fn bind(&self, _: &Caller, address: &Address) -> Result<()> {
-        let address = check_family(self.kind.family, self.options.lock().v6_only, address)?;
+        let address = check_family(
+            self.base.kind.family,
+            self.base.options.lock().v6_only,
+            address,
+        )?;
         if self.state.lock().bound.is_some() {
             return Err(Errno::EINVAL);
         }
-        if !self.options.lock().free_bind && !self.shared.is_bindable(address.ip()) {
+        if !self.base.options.lock().free_bind && !self.base.shared.is_bindable(address.ip()) {
             return Err(Errno::EADDRNOTAVAIL);
         }
         self.bind_to(address)?;
-        if !address.ip().is_loopback() && address.port() != 0 && self.shared.backend.is_some() {
+        if !address.ip().is_loopback() && address.port() != 0 && self.base.shared.backend.is_some()
+        {
             // Others may send to it from now on. If it cannot be opened, the port is still there for the machine itself,
             // but the program has to know.
             match self.external() {
@@ -346,7 +303,8 @@ impl Socket for UdpSocket {
                 Err(error) => {
                     let bound = self.state.lock().bound.take();
                     if let Some(bound) = bound {
-                        self.shared
+                        self.base
+                            .shared
                             .tables
                             .remove_datagram(bound.lease.port(), &self.this);
                     }
@@ -362,13 +320,22 @@ impl Socket for UdpSocket {
             self.state.lock().peer = None;
             return Ok(());
         }
-        let mut to = check_family(self.kind.family, self.options.lock().v6_only, address)?;
+        let mut to = check_family(
+            self.base.kind.family,
+            self.base.options.lock().v6_only,
+            address,
+        )?;
         if to.ip().is_unspecified() {
             to.set_ip(loopback_like(to.ip()));
         }
-        let own = self.shared.is_own(to.ip());
+        let own = self.base.shared.is_own(to.ip());
         if !own {
-            let backend = self.shared.backend.as_ref().ok_or(Errno::ENETUNREACH)?;
+            let backend = self
+                .base
+                .shared
+                .backend
+                .as_ref()
+                .ok_or(Errno::ENETUNREACH)?;
             // The address that the program then sees as its own (getsockname(2) after connect(2)).
             let interface = backend.interface().ok_or(Errno::ENETUNREACH)?;
             if !interface
@@ -392,10 +359,10 @@ impl Socket for UdpSocket {
         let mut address = state
             .bound
             .as_ref()
-            .map_or(unspecified(self.kind.family), |bound| bound.address);
+            .map_or(unspecified(self.base.kind.family), |bound| bound.address);
         if let Some(peer) = state.peer
             && address.ip().is_unspecified()
-            && let Some(ip) = self.shared.source_for(peer.ip())
+            && let Some(ip) = self.base.shared.source_for(peer.ip())
         {
             address.set_ip(ip);
         }
@@ -416,8 +383,8 @@ impl Socket for UdpSocket {
         }
         let to = match &message.to {
             Some(address) => Some(check_family(
-                self.kind.family,
-                self.options.lock().v6_only,
+                self.base.kind.family,
+                self.base.options.lock().v6_only,
                 address,
             )?),
             None => None,
@@ -437,13 +404,9 @@ impl Socket for UdpSocket {
             taken.as_ref()
         };
         if let Some(datagram) = datagram {
-            let incoming = Incoming {
-                count: sink.put(&datagram.bytes)?,
-                full_length: datagram.bytes.len(),
-                from: Some(Address::Inet(datagram.from)),
-                to: Some(datagram.to),
-                ..Incoming::default()
-            };
+            let from = Address::Inet(datagram.from);
+            let mut incoming = Incoming::message(sink, &datagram.bytes, Some(from))?;
+            incoming.to = Some(datagram.to);
             if !peek {
                 state.queued = state.queued.saturating_sub(incoming.full_length + OVERHEAD);
             }
@@ -454,15 +417,7 @@ impl Socket for UdpSocket {
         drop(state);
         if let Some(external) = external {
             match external.receive(sink, peek, peer) {
-                Ok(received) => {
-                    return Ok(Incoming {
-                        count: received.count,
-                        full_length: received.full_length,
-                        from: Some(Address::Inet(received.from)),
-                        to: received.to,
-                        ..Incoming::default()
-                    });
-                }
+                Ok(received) => return Ok(received.into()),
                 Err(Errno::EAGAIN) if closed => {}
                 Err(error) => return Err(error),
             }
@@ -482,21 +437,14 @@ impl Socket for UdpSocket {
         state.read_closed |= read;
         state.write_closed |= write;
         drop(state);
-        self.watch.notify(Readiness::all());
+        self.base.watch.notify(Readiness::all());
         Ok(())
     }
 
-    fn option(&self, level: i32, name: u32) -> Result<Vec<u8>> {
-        match (level, name) {
-            (SOL_SOCKET, linux::SO_ERROR) => {
-                let own = self.error.lock().take();
-                let external = self.state.lock().external.clone();
-                let error = own.or_else(|| external.and_then(|external| external.take_error()));
-                Ok(error.map_or(0, Errno::number).to_ne_bytes().to_vec())
-            }
-            (SOL_SOCKET, linux::SO_ACCEPTCONN) => Ok(0i32.to_ne_bytes().to_vec()),
-            _ => self.options.lock().get(self.kind, level, name),
-        }
+    fn take_error(&self) -> Option<Errno> {
+        let own = self.error.lock().take();
+        let external = self.state.lock().external.clone();
+        own.or_else(|| external.and_then(|external| external.take_error()))
     }
 
     fn queued(&self) -> (usize, usize) {

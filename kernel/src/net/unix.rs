@@ -7,14 +7,10 @@
 use alloc::{
     collections::VecDeque,
     format,
-    string::String,
     sync::{Arc, Weak},
     vec::Vec,
 };
-use core::{
-    any::Any,
-    sync::atomic::{AtomicU32, Ordering},
-};
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use hashbrown::HashMap;
 use linux_raw_sys::net as linux;
@@ -22,19 +18,16 @@ use spin::Once;
 
 use crate::{
     Errno, Result,
-    file::{File, OpenFile, OpenFlags, Readiness, Sink, Source, WatchList},
-    fs::Metadata,
+    file::{File, OpenFile, Readiness, Sink, Source},
     memory::user::bytes_of,
     sync::Mutex,
-    task::Thread,
 };
 
 use super::{
     Shared,
     address::{AF_UNIX, Address, UnixName},
-    ioctl,
-    option::{Options, SOL_SOCKET, SocketType},
-    socket::{Caller, Incoming, Outgoing, Socket},
+    option::SOL_SOCKET,
+    socket::{Base, Caller, Incoming, Outgoing, Socket},
     stream::{Rules, StreamEnd, pair},
     tcp::MAX_BACKLOG,
 };
@@ -136,11 +129,7 @@ struct Bound {
 /// A Unix socket.
 pub struct UnixSocket {
     this: Weak<UnixSocket>,
-    shared: Arc<Shared>,
-    kind: SocketType,
-    number: u64,
-    watch: Arc<WatchList>,
-    options: Mutex<Options>,
+    base: Base,
     state: Mutex<State>,
     bound: Mutex<Bound>,
     /// The stream of a connected `SOCK_STREAM` socket.
@@ -169,15 +158,7 @@ impl UnixSocket {
     pub fn new(shared: &Arc<Shared>, kind: u32) -> Arc<UnixSocket> {
         Arc::new_cyclic(|this| UnixSocket {
             this: this.clone(),
-            shared: Arc::clone(shared),
-            kind: SocketType {
-                family: AF_UNIX,
-                kind,
-                protocol: 0,
-            },
-            number: shared.next_number(),
-            watch: Arc::new(WatchList::new()),
-            options: Mutex::new(Options::default()),
+            base: Base::new(shared, AF_UNIX, kind, 0),
             state: Mutex::new(State::Idle),
             bound: Mutex::new(Bound {
                 name: UnixName::Unnamed,
@@ -216,10 +197,10 @@ impl UnixSocket {
 
     fn join(a: &Arc<UnixSocket>, b: &Arc<UnixSocket>) {
         if a.is_byte_stream() {
-            let limit = a.options.lock().send_buffer as usize;
+            let limit = a.base.options.lock().send_buffer as usize;
             let (first, second) = pair(
                 Rules::Unix,
-                [Arc::clone(&a.watch), Arc::clone(&b.watch)],
+                [Arc::clone(&a.base.watch), Arc::clone(&b.base.watch)],
                 limit,
             );
             a.stream.call_once(|| first);
@@ -234,11 +215,11 @@ impl UnixSocket {
     }
 
     fn is_byte_stream(&self) -> bool {
-        self.kind.kind == linux::SOCK_STREAM
+        self.base.kind.kind == linux::SOCK_STREAM
     }
 
     fn is_datagram(&self) -> bool {
-        self.kind.kind == linux::SOCK_DGRAM
+        self.base.kind.kind == linux::SOCK_DGRAM
     }
 
     fn is_connected(&self) -> bool {
@@ -256,8 +237,13 @@ impl UnixSocket {
             Address::Unix(UnixName::Unnamed) => return Err(Errno::EINVAL),
             _ => return Err(Errno::EINVAL),
         };
-        let found = self.shared.unix.find(&key).ok_or(Errno::ECONNREFUSED)?;
-        if found.kind.kind != self.kind.kind {
+        let found = self
+            .base
+            .shared
+            .unix
+            .find(&key)
+            .ok_or(Errno::ECONNREFUSED)?;
+        if found.base.kind.kind != self.base.kind.kind {
             return Err(Errno::EPROTOTYPE);
         }
         Ok(found)
@@ -267,6 +253,7 @@ impl UnixSocket {
     fn bind_automatically(&self) -> Result<()> {
         for _ in 0..=0xf_ffff_u32 {
             let number = self
+                .base
                 .shared
                 .unix
                 .next_automatic
@@ -274,7 +261,7 @@ impl UnixSocket {
                 & 0xf_ffff;
             let name = format!("{number:05x}").into_bytes();
             let key = Key::Abstract(name.clone());
-            if self.shared.unix.add(key.clone(), &self.this).is_ok() {
+            if self.base.shared.unix.add(key.clone(), &self.this).is_ok() {
                 *self.bound.lock() = Bound {
                     name: UnixName::Abstract(name),
                     key: Some(key),
@@ -310,7 +297,7 @@ impl UnixSocket {
         inbox.bytes += message.bytes.len();
         inbox.messages.push_back(message);
         drop(inbox);
-        self.watch.notify(Readiness::READABLE);
+        self.base.watch.notify(Readiness::READABLE);
         Ok(())
     }
 
@@ -318,7 +305,7 @@ impl UnixSocket {
     fn is_inbox_full(&self) -> bool {
         let inbox = self.inbox.lock();
         inbox.messages.len() >= MAX_DATAGRAMS
-            || inbox.bytes >= self.options.lock().receive_buffer as usize
+            || inbox.bytes >= self.base.options.lock().receive_buffer as usize
     }
 
     fn send_message(
@@ -328,7 +315,7 @@ impl UnixSocket {
         message: &mut Outgoing,
         ancillary: Ancillary,
     ) -> Result<usize> {
-        let limit = self.options.lock().send_buffer as usize;
+        let limit = self.base.options.lock().send_buffer as usize;
         let length = source.remaining();
         if length > limit {
             return Err(Errno::EMSGSIZE);
@@ -392,12 +379,8 @@ impl UnixSocket {
             }
             return Err(Errno::EAGAIN);
         };
-        let mut incoming = Incoming {
-            count: sink.put(&message.bytes)?,
-            full_length: message.bytes.len(),
-            from: (message.from != UnixName::Unnamed).then(|| Address::Unix(message.from.clone())),
-            ..Incoming::default()
-        };
+        let from = (message.from != UnixName::Unnamed).then(|| Address::Unix(message.from.clone()));
+        let mut incoming = Incoming::message(sink, &message.bytes, from)?;
         if peek {
             incoming.files = message.ancillary.files.clone();
             incoming.credentials = message.ancillary.credentials;
@@ -412,7 +395,7 @@ impl UnixSocket {
         let senders = core::mem::take(&mut inbox.senders);
         drop(inbox);
         for sender in senders.iter().filter_map(Weak::upgrade) {
-            sender.watch.notify(Readiness::WRITABLE);
+            sender.base.watch.notify(Readiness::WRITABLE);
         }
         Ok(incoming)
     }
@@ -427,7 +410,7 @@ impl UnixSocket {
             },
         );
         if let Some(key) = bound.key {
-            self.shared.unix.remove(&key, &self.this);
+            self.base.shared.unix.remove(&key, &self.this);
         }
         if let Some(stream) = self.stream.get() {
             stream.close(false);
@@ -441,7 +424,7 @@ impl UnixSocket {
                 socket.end();
             }
             for connector in connectors.iter().filter_map(Weak::upgrade) {
-                connector.watch.notify(Readiness::WRITABLE);
+                connector.base.watch.notify(Readiness::WRITABLE);
             }
         }
         let mut inbox = self.inbox.lock();
@@ -452,7 +435,7 @@ impl UnixSocket {
         drop(inbox);
         drop(messages);
         for sender in senders.iter().filter_map(Weak::upgrade) {
-            sender.watch.notify(Readiness::WRITABLE);
+            sender.base.watch.notify(Readiness::WRITABLE);
         }
         let peer = self.peer.lock().take().and_then(|peer| peer.upgrade());
         if let Some(peer) = peer
@@ -468,36 +451,28 @@ impl UnixSocket {
                 if unread {
                     *peer.error.lock() = Some(Errno::ECONNRESET);
                 }
-                peer.watch.notify(Readiness::all());
+                peer.base.watch.notify(Readiness::all());
             } else if mutual {
-                peer.watch.notify(Readiness::WRITABLE);
+                peer.base.watch.notify(Readiness::WRITABLE);
             }
         }
-        self.watch.notify(Readiness::HANGUP);
+        self.base.watch.notify(Readiness::HANGUP);
     }
 }
 
-impl File for UnixSocket {
-    fn as_any(&self) -> &dyn Any {
-        self
+impl Socket for UnixSocket {
+    fn base(&self) -> &Base {
+        &self.base
     }
 
-    fn as_socket(&self) -> Option<&dyn Socket> {
-        Some(self)
-    }
-
-    fn read(&self, sink: &mut Sink<'_>, _: OpenFlags) -> Result<usize> {
-        self.receive(sink, false).map(|incoming| incoming.count)
-    }
-
-    fn write(&self, source: &mut Source<'_>, _: OpenFlags) -> Result<usize> {
+    fn put(&self, source: &mut Source<'_>) -> Result<usize> {
         match self.stream.get() {
             Some(stream) => stream.send(source, None),
             None => self.send(&Caller::default(), source, &mut Outgoing::default()),
         }
     }
 
-    fn readiness(&self) -> Readiness {
+    fn ready(&self) -> Readiness {
         if let Some(stream) = self.stream.get() {
             return stream.readiness();
         }
@@ -534,34 +509,8 @@ impl File for UnixSocket {
         readiness
     }
 
-    fn watch_list(&self) -> Option<&WatchList> {
-        Some(&self.watch)
-    }
-
-    fn metadata(&self) -> Result<Metadata> {
-        Ok(super::metadata(self.number))
-    }
-
-    fn ioctl(&self, thread: &Thread, request: u32, argument: u64) -> Result<usize> {
-        ioctl::ioctl(self, &self.shared, thread, request, argument)
-    }
-
-    fn describe(&self) -> String {
-        format!("socket:[{}]", self.number)
-    }
-
-    fn on_close(&self) {
+    fn close(&self) {
         self.end();
-    }
-}
-
-impl Socket for UnixSocket {
-    fn socket_type(&self) -> SocketType {
-        self.kind
-    }
-
-    fn options(&self) -> &Mutex<Options> {
-        &self.options
     }
 
     fn bind(&self, caller: &Caller, address: &Address) -> Result<()> {
@@ -579,7 +528,7 @@ impl Socket for UnixSocket {
                 Key::Node(device, inode)
             }
         };
-        self.shared.unix.add(key.clone(), &self.this)?;
+        self.base.shared.unix.add(key.clone(), &self.this)?;
         *self.bound.lock() = Bound {
             name: name.clone(),
             key: Some(key),
@@ -620,7 +569,7 @@ impl Socket for UnixSocket {
         let connectors = core::mem::take(&mut backlog.connectors);
         drop(backlog);
         for connector in connectors.iter().filter_map(Weak::upgrade) {
-            connector.watch.notify(Readiness::WRITABLE);
+            connector.base.watch.notify(Readiness::WRITABLE);
         }
         let name = socket.peer_name.lock().clone().unwrap_or_default();
         Ok((socket, Address::Unix(name)))
@@ -664,15 +613,15 @@ impl Socket for UnixSocket {
             }
         }
         let this = self.this.upgrade().ok_or(Errno::EINVAL)?;
-        let accepted = UnixSocket::new(&self.shared, self.kind.kind);
-        *accepted.options.lock() = listener.options.lock().clone();
+        let accepted = UnixSocket::new(&self.base.shared, self.base.kind.kind);
+        *accepted.base.options.lock() = listener.base.options.lock().clone();
         accepted.bound.lock().name = listener.bound.lock().name.clone();
         UnixSocket::join(&this, &accepted);
         *self.peer_credentials.lock() = Some(*listener.owner.lock());
         *accepted.peer_credentials.lock() = Some(credentials(caller));
         listener.backlog.lock().ready.push_back(accepted);
-        listener.watch.notify(Readiness::READABLE);
-        self.watch.notify(Readiness::WRITABLE);
+        listener.base.watch.notify(Readiness::READABLE);
+        self.base.watch.notify(Readiness::WRITABLE);
         Ok(())
     }
 
@@ -712,13 +661,13 @@ impl Socket for UnixSocket {
             let stream = self.stream.get().ok_or(Errno::ENOTCONN)?;
             // Credentials that nobody asked for need no attachment: it would cut reads short.
             let wanted = message.credentials.is_some()
-                || self.options.lock().pass_credentials
+                || self.base.options.lock().pass_credentials
                 || self
                     .peer
                     .lock()
                     .as_ref()
                     .and_then(Weak::upgrade)
-                    .is_some_and(|p| p.options.lock().pass_credentials);
+                    .is_some_and(|p| p.base.options.lock().pass_credentials);
             let attach = wanted || !ancillary.files.is_empty();
             return stream.send(source, attach.then_some(ancillary));
         }
@@ -765,41 +714,41 @@ impl Socket for UnixSocket {
                 && !self.is_datagram()
             {
                 peer.inbox.lock().ended = true;
-                peer.watch
+                peer.base
+                    .watch
                     .notify(Readiness::READABLE | Readiness::READ_HANGUP);
             }
         }
-        self.watch.notify(Readiness::all());
+        self.base.watch.notify(Readiness::all());
         Ok(())
     }
 
-    fn option(&self, level: i32, name: u32) -> Result<Vec<u8>> {
+    fn take_error(&self) -> Option<Errno> {
+        let own = self.error.lock().take();
+        own.or_else(|| self.stream.get().and_then(StreamEnd::take_error))
+    }
+
+    fn is_listening(&self) -> bool {
+        matches!(*self.state.lock(), State::Listening)
+    }
+
+    fn own_option(&self, level: i32, name: u32) -> Option<Vec<u8>> {
         match (level, name) {
-            (SOL_SOCKET, linux::SO_ERROR) => {
-                let own = self.error.lock().take();
-                let error = own.or_else(|| self.stream.get().and_then(StreamEnd::take_error));
-                Ok(error.map_or(0, Errno::number).to_ne_bytes().to_vec())
-            }
-            (SOL_SOCKET, linux::SO_ACCEPTCONN) => {
-                Ok(i32::from(matches!(*self.state.lock(), State::Listening))
-                    .to_ne_bytes()
-                    .to_vec())
-            }
             (SOL_SOCKET, linux::SO_PEERCRED) => {
                 // Without a peer Linux tells process 0 and the overflow values -1.
                 let (pid, uid, gid) =
                     self.peer_credentials
                         .lock()
                         .unwrap_or((0, u32::MAX, u32::MAX));
-                Ok(bytes_of(&linux::ucred { pid, uid, gid }).to_vec())
+                Some(bytes_of(&linux::ucred { pid, uid, gid }).to_vec())
             }
-            _ => self.options.lock().get(self.kind, level, name),
+            _ => None,
         }
     }
 
     fn set_option(&self, level: i32, name: u32, value: &[u8]) -> Result<()> {
-        let mut options = self.options.lock();
-        options.set(self.kind, level, name, value)?;
+        let mut options = self.base.options.lock();
+        options.set(self.base.kind, level, name, value)?;
         if options.buffers_set
             && let Some(stream) = self.stream.get()
         {

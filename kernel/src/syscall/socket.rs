@@ -262,7 +262,7 @@ fn write_address(
 }
 
 fn store_address(file: &OpenFile, address: &Address, pointer: u64, room: usize) -> Result<u32> {
-    let encoded = address.encode(as_socket(file)?.socket_type().family);
+    let encoded = address.encode(as_socket(file)?.base().kind.family);
     let bytes = encoded.as_bytes();
     user::write_bytes(
         pointer,
@@ -352,7 +352,7 @@ pub(super) fn wait_on(
     attempt: impl FnMut() -> Result<usize> + Send + Unpin + 'static,
 ) -> Outcome {
     let timeout = file.file.as_socket().map_or(0, |socket| {
-        let options = socket.options().lock();
+        let options = socket.base().options.lock();
         if interest.contains(Readiness::WRITABLE) {
             options.send_timeout
         } else {
@@ -851,7 +851,7 @@ fn write_message(
         room,
         truncated: false,
     };
-    let options = socket.options().lock();
+    let options = socket.base().options.lock();
     let (pass_credentials, info, info_v6) = (
         options.pass_credentials,
         options.packet_info,
