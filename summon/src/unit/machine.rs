@@ -106,13 +106,18 @@ pub enum Event {
     },
     /// How busy the instance is.
     Activity {
+        /// Of the action that asked: an answer to an older question is not taken for one to a newer.
+        ticket: u64,
         /// Open connections.
         connections: u64,
         /// Bytes that ever went in or out.
         bytes: u64,
     },
     /// The instance cannot say how busy it is, or refuses to suspend now.
-    Refused,
+    Refused {
+        /// Of the action that asked.
+        ticket: u64,
+    },
     /// The instance has suspended.
     Suspended,
     /// The instance goes on.
@@ -144,15 +149,17 @@ pub enum Action {
     /// Queries that wait are to be answered (true) or to fail.
     Release(bool),
     /// Ask how busy the instance is, without a pause.
-    Sample,
+    Sample(u64),
     /// Have the instance accept no connections, and ask how busy it is.
-    Pause,
+    Pause(u64),
     /// Have it accept connections again.
     Continue,
     /// Have the instance suspend.
-    Suspend,
+    Suspend(u64),
     /// Have it go on.
     Resume,
+    /// End the instance at once: it is not ready in time.
+    GiveUp,
     /// End the instance; true: at once.
     End(bool),
 }
@@ -192,12 +199,16 @@ pub struct Machine {
     sample: (Moment, u64, u64),
     /// When it became ready.
     ready_since: Moment,
+    /// Number of the last question to the instance.
+    ticket: u64,
     /// Failed starts in a row.
     failures: u32,
     /// Ends soon after readiness, in a row.
     crashes: u32,
     /// Start again after the end that is under way.
     again: bool,
+    /// The end that is under way is that of a failed start.
+    failing: bool,
     /// Queries wait.
     waiting: bool,
     /// It is to go.
@@ -222,9 +233,11 @@ impl Machine {
             interest: now,
             sample: (now, 0, 0),
             ready_since: now,
+            ticket: 0,
             failures: 0,
             crashes: 0,
             again: false,
+            failing: false,
             waiting: false,
             removed: false,
             stale: false,
@@ -329,6 +342,11 @@ impl Machine {
         }
     }
 
+    fn next_ticket(&mut self) -> u64 {
+        self.ticket += 1;
+        self.ticket
+    }
+
     /// It is to end as soon as nobody is connected.
     fn leaving(&self) -> bool {
         self.removed || self.stale
@@ -339,6 +357,7 @@ impl Machine {
         self.stale = false;
         self.evicted = false;
         self.halted = false;
+        self.failing = false;
         self.interest = now;
         self.state = State::Starting {
             deadline: now + self.settings.ready_timeout,
@@ -402,7 +421,7 @@ impl Machine {
                         self.state = State::Ready {
                             asked: Some(Check::End),
                         };
-                        actions.push(Action::Pause);
+                        actions.push(Action::Pause(self.next_ticket()));
                     }
                 }
                 State::Suspended if !self.settings.protected => {
@@ -425,14 +444,21 @@ impl Machine {
             }
             Event::NotStarted => match self.state {
                 State::Starting { .. } => self.rest(now, true, &mut actions),
-                State::Stopping => self.rest(now, false, &mut actions),
+                State::Stopping => {
+                    let failed = std::mem::take(&mut self.failing);
+                    self.rest(now, failed, &mut actions);
+                }
                 _ => {}
             },
             Event::Ended { crashed } => self.ended(now, crashed, &mut actions),
-            Event::Activity { connections, bytes } => {
+            Event::Activity { ticket, .. } | Event::Refused { ticket } if ticket != self.ticket => {
+            }
+            Event::Activity {
+                connections, bytes, ..
+            } => {
                 self.busy(now, connections, bytes, &mut actions);
             }
-            Event::Refused => self.refused(now, &mut actions),
+            Event::Refused { .. } => self.refused(now, &mut actions),
             Event::Suspended => match self.state {
                 State::Suspending => {
                     self.state = State::Suspended;
@@ -461,7 +487,7 @@ impl Machine {
                     self.state = State::Ready {
                         asked: Some(Check::Sample),
                     };
-                    actions.push(Action::Sample);
+                    actions.push(Action::Sample(self.next_ticket()));
                 }
             }
             Event::Tick => self.tick(now, &mut actions),
@@ -570,7 +596,8 @@ impl Machine {
                 if !crashed {
                     self.crashes = 0;
                 }
-                self.rest(now, false, actions);
+                let failed = std::mem::take(&mut self.failing);
+                self.rest(now, failed, actions);
             }
             State::Cold | State::BackingOff { .. } | State::Gone => {}
         }
@@ -601,7 +628,7 @@ impl Machine {
         if !busy && (idle || self.evicted || self.leaving()) {
             if suspends {
                 self.state = State::Suspending;
-                actions.push(Action::Suspend);
+                actions.push(Action::Suspend(self.next_ticket()));
             } else {
                 self.halted |= self.evicted;
                 self.end(actions);
@@ -652,11 +679,9 @@ impl Machine {
                 }
             }
             State::Starting { .. } => {
-                // Ended is what follows; it counts as a failed start.
-                actions.push(Action::End(true));
-                self.state = State::Starting {
-                    deadline: Moment::MAX,
-                };
+                self.failing = true;
+                self.state = State::Stopping;
+                actions.push(Action::GiveUp);
             }
             State::Ready { .. } => {
                 let due = now >= self.interest + self.settings.idle && !self.settings.keep;
@@ -665,12 +690,12 @@ impl Machine {
                     self.state = State::Ready {
                         asked: Some(Check::End),
                     };
-                    actions.push(Action::Pause);
+                    actions.push(Action::Pause(self.next_ticket()));
                 } else {
                     self.state = State::Ready {
                         asked: Some(Check::Sample),
                     };
-                    actions.push(Action::Sample);
+                    actions.push(Action::Sample(self.next_ticket()));
                 }
             }
             _ => {}

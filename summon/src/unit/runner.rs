@@ -191,8 +191,8 @@ struct Running {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asked {
-    Activity,
-    Suspend,
+    /// How busy it is, or to suspend: with the machine's number.
+    Machine(u64),
     Other,
 }
 
@@ -566,11 +566,19 @@ impl Runner {
                 };
                 self.unit.lock().release(&outcome);
             }
-            Action::Sample => self.ask(Request::Activity, Asked::Activity).await,
-            Action::Pause => self.ask(Request::Pause, Asked::Activity).await,
+            Action::Sample(ticket) => self.ask(Request::Activity, Asked::Machine(ticket)).await,
+            Action::Pause(ticket) => self.ask(Request::Pause, Asked::Machine(ticket)).await,
             Action::Continue => self.ask(Request::Continue, Asked::Other).await,
-            Action::Suspend => self.ask(Request::Suspend, Asked::Suspend).await,
+            Action::Suspend(ticket) => self.ask(Request::Suspend, Asked::Machine(ticket)).await,
             Action::Resume => self.ask(Request::Resume, Asked::Other).await,
+            Action::GiveUp => {
+                self.fail(format!(
+                    "it was not ready within {:?}{}",
+                    self.prepared.unit.ready_timeout,
+                    self.last_lines()
+                ));
+                self.end(true).await;
+            }
             Action::End(at_once) => self.end(at_once).await,
         }
     }
@@ -805,13 +813,16 @@ impl Runner {
             return;
         };
         match (running.asked.pop_front(), error, activity) {
-            (Some(Asked::Activity), None, Some(activity)) => self.unit.event(Event::Activity {
-                connections: activity.connections,
-                bytes: activity.bytes,
-            }),
-            (Some(Asked::Activity | Asked::Suspend), Some(error), _) => {
+            (Some(Asked::Machine(ticket)), None, Some(activity)) => {
+                self.unit.event(Event::Activity {
+                    ticket,
+                    connections: activity.connections,
+                    bytes: activity.bytes,
+                });
+            }
+            (Some(Asked::Machine(ticket)), Some(error), _) => {
                 tracing::debug!(unit = self.unit.name, "{error}");
-                self.unit.event(Event::Refused);
+                self.unit.event(Event::Refused { ticket });
             }
             _ => {}
         }
@@ -899,15 +910,7 @@ impl Runner {
             self.end_launched = true;
             return;
         }
-        let starting = matches!(self.unit.state(), State::Starting { .. });
-        if starting {
-            self.fail(format!(
-                "it was not ready within {:?}{}",
-                self.prepared.unit.ready_timeout,
-                self.last_lines()
-            ));
-        }
-        if at_once || starting {
+        if at_once {
             self.kill().await;
             return;
         }

@@ -35,6 +35,8 @@ struct World {
     connections: u64,
     bytes: u64,
     starts: usize,
+    /// The end that is under way may cut connections: it was asked for by hand, or the instance was not at work.
+    may_cut: bool,
 }
 
 /// What can happen in the world.
@@ -110,6 +112,7 @@ impl World {
             connections: 0,
             bytes: 0,
             starts: 0,
+            may_cut: false,
         };
         world.take(actions);
         world
@@ -132,13 +135,13 @@ impl World {
                     self.owed.clear();
                 }
                 Action::Release(_) => self.waiting = 0,
-                Action::Continue => self.accepts = true,
-                Action::Sample | Action::Suspend | Action::Resume | Action::End(_) => {
+                Action::Pause(_) | Action::Continue => self.owed.push(action),
+                Action::Sample(_)
+                | Action::Suspend(_)
+                | Action::Resume
+                | Action::GiveUp
+                | Action::End(_) => {
                     assert!(self.instance, "{action:?} for nobody: {self:?}");
-                    self.owed.push(action);
-                }
-                Action::Pause => {
-                    self.accepts = false;
                     self.owed.push(action);
                 }
             }
@@ -146,7 +149,11 @@ impl World {
     }
 
     fn event(&mut self, event: Event) {
+        let before = self.machine.state();
         let actions = self.machine.handle(self.now, event);
+        if self.machine.state() == State::Stopping && before != State::Stopping {
+            self.may_cut = event == Event::Stop || !matches!(before, State::Ready { .. });
+        }
         self.take(actions);
     }
 
@@ -162,18 +169,24 @@ impl World {
         if self.owed.is_empty() {
             return;
         }
-        match self.owed.remove(0) {
-            Action::Sample | Action::Pause => {
+        let action = self.owed.remove(0);
+        if matches!(action, Action::Pause(_)) {
+            self.accepts = false;
+        }
+        match action {
+            Action::Continue => self.accepts = true,
+            Action::Sample(ticket) | Action::Pause(ticket) => {
                 if !self.stopped {
                     self.event(Event::Activity {
+                        ticket,
                         connections: self.connections,
                         bytes: self.bytes,
                     });
                 } else {
-                    self.event(Event::Refused);
+                    self.event(Event::Refused { ticket });
                 }
             }
-            Action::Suspend => {
+            Action::Suspend(_) => {
                 self.stopped = true;
                 self.accepts = true;
                 self.event(Event::Suspended);
@@ -183,7 +196,13 @@ impl World {
                     self.event(Event::Resumed);
                 }
             }
-            Action::End(_) => self.gone(false),
+            Action::GiveUp | Action::End(_) => {
+                assert!(
+                    self.connections == 0 || self.may_cut,
+                    "a connection is cut: {self:?}"
+                );
+                self.gone(false);
+            }
             _ => unreachable!(),
         }
     }
@@ -210,6 +229,11 @@ impl World {
     }
 
     fn happen(&mut self, happening: Happening) {
+        self.happens(happening);
+        self.check();
+    }
+
+    fn happens(&mut self, happening: Happening) {
         match happening {
             Happening::Query => {
                 let (answer, actions) = self.machine.query(self.now);
@@ -262,10 +286,17 @@ impl World {
             Happening::Refuses => {
                 if matches!(
                     self.owed.first(),
-                    Some(Action::Sample | Action::Pause | Action::Suspend)
+                    Some(Action::Sample(_) | Action::Pause(_) | Action::Suspend(_))
                 ) {
-                    self.owed.remove(0);
-                    self.event(Event::Refused);
+                    let ticket = match self.owed.remove(0) {
+                        Action::Sample(ticket) | Action::Suspend(ticket) => ticket,
+                        Action::Pause(ticket) => {
+                            self.accepts = false;
+                            ticket
+                        }
+                        _ => unreachable!(),
+                    };
+                    self.event(Event::Refused { ticket });
                 }
             }
             Happening::Passes(milliseconds) => {
@@ -289,7 +320,6 @@ impl World {
                 });
             }
         }
-        self.check();
     }
 
     fn check(&self) {
@@ -306,7 +336,10 @@ impl World {
                 assert!(self.machine.deadline().is_some());
             }
             State::Ready { asked: None } => {
-                assert!(self.accepts, "ready, and accepts nothing: {self:?}");
+                assert!(
+                    self.accepts || self.owed.contains(&Action::Continue),
+                    "ready, and accepts nothing: {self:?}"
+                );
                 assert!(
                     self.machine.settings.keep || self.machine.deadline().is_some(),
                     "it would run for ever: {self:?}"
@@ -315,15 +348,19 @@ impl World {
             State::Ready { asked: Some(_) } => assert!(
                 self.owed
                     .iter()
-                    .any(|action| matches!(action, Action::Sample | Action::Pause)),
+                    .any(|action| matches!(action, Action::Sample(_) | Action::Pause(_))),
                 "waits for an answer that nobody owes: {self:?}"
             ),
-            State::Suspending => assert!(self.owed.contains(&Action::Suspend)),
+            State::Suspending => assert!(
+                self.owed
+                    .iter()
+                    .any(|action| matches!(action, Action::Suspend(_)))
+            ),
             State::Suspended => {}
             State::Stopping => assert!(
                 self.owed
                     .iter()
-                    .any(|action| matches!(action, Action::End(_))),
+                    .any(|action| matches!(action, Action::End(_) | Action::GiveUp)),
                 "nobody ends it: {self:?}"
             ),
             State::Gone => assert!(!self.instance),
