@@ -1,5 +1,6 @@
 //! Exceptions and interrupts: which become first touches, events, upcalls, and which end the machine.
 
+use core::fmt;
 use core::mem::offset_of;
 
 use kiln_abi::host::{Context, CpuArea, Protection, TrapKind, fault_flags};
@@ -202,8 +203,8 @@ fn go(frame: &mut Frame, entry: usize, stack: u64) {
     frame.rflags = KERNEL_FLAGS;
 }
 
-/// Stores the registers.
-fn save(machine: &mut Machine, frame: &Frame, context: usize) -> Result<(), AccessError> {
+/// The registers in the order of a [`Context`], which begins with them.
+fn registers(frame: &Frame) -> [u64; 18] {
     let [
         r15,
         r14,
@@ -221,7 +222,7 @@ fn save(machine: &mut Machine, frame: &Frame, context: usize) -> Result<(), Acce
         rbx,
         rax,
     ] = frame.registers;
-    let words = [
+    [
         rax,
         rbx,
         rcx,
@@ -240,8 +241,12 @@ fn save(machine: &mut Machine, frame: &Frame, context: usize) -> Result<(), Acce
         r15,
         frame.rip,
         frame.rflags,
-    ];
-    write_words(machine, context, &words)
+    ]
+}
+
+/// Stores the registers.
+fn save(machine: &mut Machine, frame: &Frame, context: usize) -> Result<(), AccessError> {
+    write_words(machine, context, &registers(frame))
 }
 
 fn save_trap(machine: &mut Machine, context: usize, trap: Trap) -> Result<(), AccessError> {
@@ -262,39 +267,35 @@ fn write_words(machine: &mut Machine, address: usize, words: &[u64]) -> Result<(
         .write(address, bytes.get(..8 * words.len()).unwrap_or(&bytes))
 }
 
+/// The general registers in words, four in a line.
+struct Shown<'a>(&'a Frame);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const NAMES: [&str; 16] = [
+            "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11",
+            "r12", "r13", "r14", "r15",
+        ];
+        for (index, (name, value)) in NAMES.iter().zip(registers(self.0)).enumerate() {
+            let before = if index % 4 == 0 { '\n' } else { ' ' };
+            write!(formatter, "{before}{name:3} {value:016x}")?;
+        }
+        Ok(())
+    }
+}
+
 /// Ends the machine: a fault of the shim, or one that the kernel cannot take.
 fn die(frame: &Frame) -> ! {
-    let [
-        r15,
-        r14,
-        r13,
-        r12,
-        r11,
-        r10,
-        r9,
-        r8,
-        rbp,
-        rdi,
-        rsi,
-        rdx,
-        rcx,
-        rbx,
-        rax,
-    ] = frame.registers;
     crate::stop(
         kiln_abi::host::exit_code::KERNEL_PANIC,
         format_args!(
-            "exception {} (error code {:#x}, address {:#x}) in ring {} at {:#x}\n\
-             rax {rax:016x} rbx {rbx:016x} rcx {rcx:016x} rdx {rdx:016x}\n\
-             rsi {rsi:016x} rdi {rdi:016x} rbp {rbp:016x} rsp {:016x}\n\
-             r8  {r8:016x} r9  {r9:016x} r10 {r10:016x} r11 {r11:016x}\n\
-             r12 {r12:016x} r13 {r13:016x} r14 {r14:016x} r15 {r15:016x}",
+            "exception {} (error code {:#x}, address {:#x}) in ring {} at {:#x}{}",
             frame.vector,
             frame.error,
             cpu::fault_address(),
             frame.cs & 3,
             frame.rip,
-            frame.rsp,
+            Shown(frame),
         ),
     )
 }
