@@ -211,27 +211,32 @@ impl Metrics {
             Unit::Seconds,
             metrics.time_to_ready.clone(),
         );
-        registry.register(
-            "unit_queries",
-            "DNS questions for a unit's names",
-            metrics.queries.clone(),
-        );
-        registry.register(
-            "unit_knocks",
-            "Connections and datagrams that came while a unit did not run",
-            metrics.knocks.clone(),
-        );
-        registry.register("unit_starts", "Starts of a unit", metrics.starts.clone());
-        registry.register(
-            "unit_failures",
-            "Starts after which a unit did not become ready",
-            metrics.failures.clone(),
-        );
-        registry.register(
-            "unit_stops",
-            "Ends and suspensions of a unit",
-            metrics.stops.clone(),
-        );
+        let of_units = [
+            (
+                "unit_queries",
+                "DNS questions for a unit's names",
+                &metrics.queries,
+            ),
+            (
+                "unit_knocks",
+                "Connections and datagrams that came while a unit did not run",
+                &metrics.knocks,
+            ),
+            ("unit_starts", "Starts of a unit", &metrics.starts),
+            (
+                "unit_failures",
+                "Starts after which a unit did not become ready",
+                &metrics.failures,
+            ),
+            (
+                "unit_stops",
+                "Ends and suspensions of a unit",
+                &metrics.stops,
+            ),
+        ];
+        for (name, help, counters) in of_units {
+            registry.register(name, help, counters.clone());
+        }
         registry.register(
             "unit_connections",
             "Open connections of a unit when last asked",
@@ -249,26 +254,27 @@ impl Metrics {
             Unit::Bytes,
             metrics.memory.clone(),
         );
-        registry.register(
-            "evictions",
-            "Units stopped because a ceiling was reached",
-            metrics.evictions.clone(),
-        );
-        registry.register(
-            "adopted",
-            "Running units taken over from an earlier summoner",
-            metrics.adopted.clone(),
-        );
-        registry.register(
-            "reloads",
-            "Reloads of the configuration",
-            metrics.reloads.clone(),
-        );
-        registry.register(
-            "reload_failures",
-            "Reloads refused because of mistakes",
-            metrics.reload_failures.clone(),
-        );
+        let of_all = [
+            (
+                "evictions",
+                "Units stopped because a ceiling was reached",
+                &metrics.evictions,
+            ),
+            (
+                "adopted",
+                "Running units taken over from an earlier summoner",
+                &metrics.adopted,
+            ),
+            ("reloads", "Reloads of the configuration", &metrics.reloads),
+            (
+                "reload_failures",
+                "Reloads refused because of mistakes",
+                &metrics.reload_failures,
+            ),
+        ];
+        for (name, help, counter) in of_all {
+            registry.register(name, help, counter.clone());
+        }
         registry.register_collector(Box::new(NameServer(Box::new(dns))));
         metrics.registry = registry;
         metrics
