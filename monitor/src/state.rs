@@ -429,7 +429,11 @@ fn sweep(path: &Path) {
     }
 }
 
-fn open_lock(path: &Path) -> io::Result<File> {
+/// Opens a file to be locked, and makes it if it is missing.
+///
+/// # Errors
+/// Those of `open(2)`.
+pub fn open_lock(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)

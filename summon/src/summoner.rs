@@ -8,37 +8,39 @@
 //!   summon.log   what it says when it runs in the background
 //! ```
 //!
-//! What always holds: a configuration is taken as a whole or not at all, and what a reload does not change goes on
-//! untouched. The truth about what runs is in the instances' folders; a summoner that starts finds its units there.
+//! What always holds: a configuration is checked as a whole before anything of it is done, and what a reload does not change
+//! goes on untouched. (A port that turns out at a reload to be somebody else's leaves it half done: old units have gone or
+//! changed, no new one has come. The next reload that succeeds makes it whole.) The truth about what runs is in the instances' folders; a summoner that starts finds its units there.
 
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use kiln_monitor::state::{InstanceConfiguration, StateDirectory};
+use kiln_monitor::state::{InstanceConfiguration, StateDirectory, open_lock};
 use rustix::fs::FlockOperation;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 
 use crate::address::Pool;
 use crate::configuration::{self, Configuration, Forward, Machine};
 use crate::control::{self, Answer, Request};
 use crate::dns::{self, Zone};
-use crate::front::Fronts;
+use crate::front::{self, Fronts};
 use crate::metrics::{self, Metrics};
 use crate::room::{Ceilings, Room};
-use crate::store::{Change, Statistics, Store};
+use crate::store::{self, Change, Statistics, Store};
 use crate::unit::machine::{Event, State};
 use crate::unit::runner::{Adopted, Runner, Shared, write_changes};
-use crate::unit::{Handle, Prepared};
+use crate::unit::{Handle, Prepared, published};
 
 /// How long the end of all units may take when the summoner ends.
 const END_PATIENCE: Duration = Duration::from_secs(60);
@@ -47,6 +49,8 @@ const LOOK_PATIENCE: Duration = Duration::from_millis(200);
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// How long the task of a unit may take that is gone already.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long answers to commands may take to leave at the end.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How often it is looked whether they have ended.
 const END_LOOK: Duration = Duration::from_millis(10);
 
@@ -94,9 +98,36 @@ impl Error {
         }
     }
 
+    /// What a user has written is wrong; the text says all.
+    fn wrong(problems: impl ToString) -> Self {
+        Self {
+            message: problems.to_string(),
+            help: None,
+            input: true,
+        }
+    }
+
     fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let action = action.into();
         move |error| Self::plain(format!("cannot {action}: {error}"))
+    }
+}
+
+impl From<store::Error> for Error {
+    fn from(error: store::Error) -> Self {
+        Self::plain(error.to_string())
+    }
+}
+
+impl From<dns::Error> for Error {
+    fn from(error: dns::Error) -> Self {
+        Self::plain(error.to_string())
+    }
+}
+
+impl From<tokio::task::JoinError> for Error {
+    fn from(error: tokio::task::JoinError) -> Self {
+        Self::plain(error.to_string())
     }
 }
 
@@ -110,8 +141,6 @@ pub fn directory(state: &StateDirectory) -> PathBuf {
 struct Entry {
     unit: Handle,
     prepared: Prepared,
-    /// It was added at run time.
-    added: bool,
     /// It is to go; what is left of it is ending.
     leaving: bool,
 }
@@ -141,14 +170,7 @@ fn take_lock(directory: &Path) -> Result<File, Error> {
         .create(directory);
     made.map_err(Error::io(format!("make {}", directory.display())))?;
     let path = directory.join("lock");
-    let lock = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(Error::io(format!("open {}", path.display())))?;
+    let lock = open_lock(&path).map_err(Error::io(format!("open {}", path.display())))?;
     match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(lock),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::environment(
@@ -172,13 +194,10 @@ impl Summoner {
     ) -> Result<Self, Error> {
         let directory = directory(&state);
         let lock = take_lock(&directory)?;
-        let store = Store::open(&directory.join("store.redb"))
-            .map_err(|error| Error::plain(error.to_string()))?;
+        let store = Store::open(&directory.join("store.redb"))?;
         let store = Arc::new(store);
         let shared_store = Arc::clone(&store);
-        let dns = dns::Server::bind(dns_configuration(&configuration), Zone::default())
-            .await
-            .map_err(|error| Error::plain(error.to_string()))?;
+        let dns = dns::Server::bind(dns_configuration(&configuration), Zone::default()).await?;
         let counted = dns.clone();
         let metrics = Arc::new(Metrics::new(move || counted.statistics()));
         let (writer, changes) = std::sync::mpsc::channel();
@@ -262,67 +281,41 @@ impl Summoner {
             Ok(found)
         };
         tokio::task::spawn_blocking(find)
-            .await
-            .map_err(|error| Error::plain(error.to_string()))?
+            .await?
             .map_err(|error: kiln_monitor::Error| Error::plain(error.to_string()))
     }
 
-    /// The configured units and those that were added, which give way.
-    fn wanted(
-        &self,
-        configuration: &Configuration,
-    ) -> Result<Vec<(configuration::Unit, bool)>, Error> {
-        let added = self
-            .shared
-            .store
-            .units()
-            .map_err(|error| Error::plain(error.to_string()))?;
-        let mut all: Vec<_> = configuration
-            .units
-            .values()
-            .map(|unit| (unit.clone(), false))
-            .collect();
-        let mut whole = configuration.clone();
+    /// A configuration with those of the added units that fit it; the others give way, and the log says so.
+    fn with_added(configuration: &Configuration, added: Vec<configuration::Unit>) -> Configuration {
         let machine = Machine::current();
+        let mut whole = configuration.clone();
         for unit in added {
             let name = unit.name.clone();
-            match whole.with([unit.clone()], &machine) {
-                Ok(with) => {
-                    whole = with;
-                    all.push((unit, true));
-                }
+            match whole.with([unit], &machine) {
+                Ok(with) => whole = with,
                 Err(problems) => tracing::error!(
                     unit = name,
                     "the unit that was added does not fit the configuration any more, and is left out: {problems}"
                 ),
             }
         }
-        Ok(all)
+        whole
     }
 
     /// Addresses for all units: fixed, leased before, or leased now.
     fn lease(
         &self,
         configuration: &Configuration,
-        units: &[(configuration::Unit, bool)],
-    ) -> Result<Vec<Vec<IpAddr>>, Error> {
+    ) -> Result<Vec<(configuration::Unit, Vec<IpAddr>)>, Error> {
         let failed = |error: String| Error::input(error, "choose a larger pool in summon.toml");
-        let leases = self
-            .shared
-            .store
-            .leases()
-            .map_err(|error| Error::plain(error.to_string()))?;
-        let mut reserved = configuration.reserved_addresses();
-        for (unit, _) in units {
-            reserved.extend(unit.address.map(IpAddr::V4));
-            reserved.extend(unit.address6.map(IpAddr::V6));
-        }
+        let leases = self.shared.store.leases()?;
+        let reserved = configuration.reserved_addresses();
         let pool_of = |prefix: IpNet| Pool::new(prefix, reserved.clone(), leases.iter().cloned());
         let mut pool = pool_of(IpNet::V4(configuration.pool));
         let mut pool6 = configuration.pool6.map(|prefix| pool_of(IpNet::V6(prefix)));
         let mut changes = Vec::new();
-        let mut all = Vec::with_capacity(units.len());
-        for (unit, _) in units {
+        let mut all = Vec::with_capacity(configuration.units.len());
+        for unit in configuration.units.values() {
             let (address, address6) = configuration.fixed_addresses(unit);
             let mut addresses: Vec<IpAddr> = address.map(IpAddr::V4).into_iter().collect();
             addresses.extend(address6.map(IpAddr::V6));
@@ -345,146 +338,73 @@ impl Summoner {
             {
                 lease(pool6)?;
             }
-            all.push(addresses);
+            all.push((unit.clone(), addresses));
         }
-        self.shared
-            .store
-            .write(&changes)
-            .map_err(|error| Error::plain(error.to_string()))?;
+        self.shared.store.write(&changes)?;
         Ok(all)
     }
 
     /// Finds or builds the images of units, each source once.
     async fn prepare_all(
         &self,
-        units: Vec<(configuration::Unit, bool)>,
-        addresses: Vec<Vec<IpAddr>>,
-    ) -> Result<Vec<(Prepared, bool)>, Error> {
+        units: Vec<(configuration::Unit, Vec<IpAddr>)>,
+    ) -> Result<Vec<Prepared>, Error> {
         let prepare = Arc::clone(&self.prepare);
-        let make = move || -> Vec<(Prepared, bool)> {
-            units
-                .into_iter()
-                .zip(addresses)
-                .map(|((unit, added), addresses)| {
-                    let instance = prepare(&unit).map(|mut instance| {
-                        instance.ports = publish(&unit, &addresses);
-                        instance
-                    });
-                    let prepared = Prepared {
-                        unit,
-                        addresses,
-                        instance,
-                    };
-                    (prepared, added)
-                })
-                .collect()
+        let make = move |(unit, addresses): (configuration::Unit, Vec<IpAddr>)| {
+            let instance = prepare(&unit).map(|mut instance| {
+                instance.ports = published(&unit, &addresses);
+                instance
+            });
+            Prepared {
+                unit,
+                addresses,
+                instance,
+            }
         };
-        tokio::task::spawn_blocking(make)
-            .await
-            .map_err(|error| Error::plain(error.to_string()))
+        let make_all = move || units.into_iter().map(make).collect();
+        Ok(tokio::task::spawn_blocking(make_all).await?)
     }
 
-    /// Makes a configuration the present one.
+    /// Makes a configuration the present one. New units live from when all of it has succeeded; when it has not, none of
+    /// them is there.
     async fn apply(
         &mut self,
         configuration: Configuration,
-        mut adopted: BTreeMap<String, Adopted>,
+        adopted: BTreeMap<String, Adopted>,
     ) -> Result<(), Error> {
-        let first = self.entries.is_empty();
-        let units = self.wanted(&configuration)?;
-        let addresses = self.lease(&configuration, &units)?;
-        let prepared = self.prepare_all(units, addresses).await?;
-        for (prepared, _) in &prepared {
+        let whole = Self::with_added(&configuration, self.shared.store.units()?);
+        let prepared = self.prepare_all(self.lease(&whole)?).await?;
+        for prepared in &prepared {
             if let Err(reason) = &prepared.instance {
-                let message = format!("unit '{}': {reason}", prepared.unit.name);
-                return Err(Error {
-                    message,
-                    help: None,
-                    input: true,
-                });
+                let name = &prepared.unit.name;
+                return Err(Error::wrong(format!("unit '{name}': {reason}")));
             }
         }
-        let fronts = Fronts::plan(&configuration, prepared.iter().map(|(one, _)| &one.unit))
+        let fronts = Fronts::plan(&whole, whole.units.values())
             .map_err(|error| Error::input(error, "see [front.NAME] in summon.toml"))?;
-        if let Some(interface) = &configuration.interface {
-            self.addresses
-                .add(
-                    interface,
-                    prepared.iter().flat_map(|(one, _)| &one.addresses),
-                )
-                .map_err(|error| {
-                    Error::environment(error, "run as root, or leave 'interface' out")
-                })?;
+        if let Some(interface) = &whole.interface {
+            let addresses = prepared.iter().flat_map(|one| &one.addresses);
+            self.addresses.add(interface, addresses).map_err(|error| {
+                Error::environment(error, "run as root, or leave 'interface' out")
+            })?;
         }
-        self.shared.room.set(Ceilings {
-            units: configuration.max_running,
-            memory: configuration.max_memory,
-        });
-        let statistics = self
-            .shared
-            .store
-            .statistics()
-            .map_err(|error| Error::plain(error.to_string()))?;
-        // Those that go, first: others may want their ports.
-        for (name, entry) in &mut self.entries {
-            if !prepared.iter().any(|(one, _)| one.unit.name == *name) {
-                entry.leaving = true;
-                entry.unit.event(Event::Remove);
+        let first = self.entries.is_empty();
+        let mut begun = Vec::new();
+        let switched = self
+            .switch(&whole, prepared, fronts, adopted, &mut begun)
+            .await;
+        if let Err(error) = switched {
+            for runner in begun {
+                self.entries.remove(runner.name());
+                runner.abandon();
             }
+            // Nobody is to wait for one of them. What was said before could be said then.
+            let _ = self.publish_zone(&self.configuration);
+            return Err(error);
         }
-        self.wait_for_those_that_left().await;
-        for (name, adopted) in std::mem::take(&mut adopted) {
-            let known = prepared.iter().find(|(one, _)| one.unit.name == name);
-            match known {
-                Some((one, added)) => {
-                    let statistics = statistics.get(&name).copied().unwrap_or_default();
-                    self.begin(one.clone(), *added, statistics, Some(adopted))
-                        .await?;
-                    self.shared.metrics.adopted.inc();
-                    tracing::info!(unit = name, "adopted");
-                }
-                None => {
-                    tracing::info!(unit = name, "no longer configured: ending it");
-                    self.end_stray(&name);
-                }
-            }
+        for runner in begun {
+            tokio::spawn(runner.run());
         }
-        for (prepared, added) in prepared {
-            let name = prepared.unit.name.clone();
-            if let Some(entry) = self.entries.get_mut(&name)
-                && entry.unit.state() != State::Gone
-            {
-                if entry.prepared == prepared && !entry.leaving {
-                    continue;
-                }
-                let stale = entry.prepared.instance != prepared.instance
-                    || entry.prepared.addresses != prepared.addresses;
-                entry.leaving = false;
-                entry.added = added;
-                entry.prepared = prepared.clone();
-                entry.unit.configure(prepared, stale);
-                continue;
-            }
-            let statistics = statistics.get(&name).copied().unwrap_or_default();
-            self.begin(prepared, added, statistics, None).await?;
-        }
-        self.entries
-            .retain(|_, entry| !(entry.leaving && entry.unit.state() == State::Gone));
-        self.publish_zone(&configuration)?;
-        self.serve_metrics(&configuration).await?;
-        let handles = |name: &str| self.entries.get(name).map(|entry| Arc::clone(&entry.unit));
-        self.fronts
-            .set(fronts, handles)
-            .await
-            .map_err(|error| Error::environment(error, "choose another address or port"))?;
-        let kept = self
-            .entries
-            .values()
-            .filter(|entry| !entry.leaving || entry.unit.occupies());
-        self.addresses.keep(
-            configuration.interface.as_deref(),
-            kept.flat_map(|entry| &entry.prepared.addresses),
-        );
         if !first {
             let old = &self.configuration;
             if (&old.listen, &old.forward, &old.forward_for)
@@ -500,6 +420,81 @@ impl Summoner {
             }
         }
         self.configuration = configuration;
+        Ok(())
+    }
+
+    /// Changes over to a configuration that was checked. What can still fail is what the machine refuses: a port that somebody
+    /// else has.
+    async fn switch(
+        &mut self,
+        configuration: &Configuration,
+        prepared: Vec<Prepared>,
+        fronts: front::Plan,
+        adopted: BTreeMap<String, Adopted>,
+        begun: &mut Vec<Runner>,
+    ) -> Result<(), Error> {
+        self.shared.room.set(Ceilings {
+            units: configuration.max_running,
+            memory: configuration.max_memory,
+        });
+        let statistics = self.shared.store.statistics()?;
+        let statistics_of = |name: &str| statistics.get(name).copied().unwrap_or_default();
+        // Those that go, first: others may want their ports.
+        for (name, entry) in &mut self.entries {
+            if !configuration.units.contains_key(name) {
+                entry.leaving = true;
+                entry.unit.event(Event::Remove);
+            }
+        }
+        self.wait_for_those_that_left().await;
+        for (name, adopted) in adopted {
+            match prepared.iter().find(|one| one.unit.name == name) {
+                Some(one) => {
+                    let statistics = statistics_of(&name);
+                    begun.push(self.begin(one.clone(), statistics, Some(adopted))?);
+                    self.shared.metrics.adopted.inc();
+                    tracing::info!(unit = name, "adopted");
+                }
+                None => {
+                    tracing::info!(unit = name, "no longer configured: ending it");
+                    self.end_stray(&name);
+                }
+            }
+        }
+        for prepared in prepared {
+            let name = prepared.unit.name.clone();
+            if let Some(entry) = self.entries.get_mut(&name)
+                && entry.unit.state() != State::Gone
+            {
+                if entry.prepared == prepared && !entry.leaving {
+                    continue;
+                }
+                let stale = entry.prepared.instance != prepared.instance
+                    || entry.prepared.addresses != prepared.addresses;
+                entry.leaving = false;
+                entry.prepared = prepared.clone();
+                entry.unit.configure(prepared, stale);
+                continue;
+            }
+            begun.push(self.begin(prepared, statistics_of(&name), None)?);
+        }
+        self.entries
+            .retain(|_, entry| !(entry.leaving && entry.unit.state() == State::Gone));
+        self.publish_zone(configuration)?;
+        self.serve_metrics(configuration).await?;
+        let handles = |name: &str| self.entries.get(name).map(|entry| Arc::clone(&entry.unit));
+        self.fronts
+            .set(fronts, handles)
+            .await
+            .map_err(|error| Error::environment(error, "choose another address or port"))?;
+        let kept = self
+            .entries
+            .values()
+            .filter(|entry| !entry.leaving || entry.unit.occupies());
+        self.addresses.keep(
+            configuration.interface.as_deref(),
+            kept.flat_map(|entry| &entry.prepared.addresses),
+        );
         Ok(())
     }
 
@@ -532,15 +527,15 @@ impl Summoner {
         });
     }
 
-    async fn begin(
+    /// A new unit. It is there, and lives when its runner runs.
+    fn begin(
         &mut self,
         prepared: Prepared,
-        added: bool,
         statistics: Statistics,
         adopted: Option<Adopted>,
-    ) -> Result<(), Error> {
+    ) -> Result<Runner, Error> {
         let name = prepared.unit.name.clone();
-        let (unit, mut runner) = Runner::new(
+        let (unit, runner) = Runner::new(
             Arc::clone(&self.shared),
             prepared.clone(),
             statistics,
@@ -553,16 +548,13 @@ impl Summoner {
                 "free that port, or give the unit another port or address",
             )
         })?;
-        runner.greet().await;
-        tokio::spawn(runner.run());
         let entry = Entry {
             unit,
             prepared,
-            added,
             leaving: false,
         };
         self.entries.insert(name, entry);
-        Ok(())
+        Ok(runner)
     }
 
     /// Gives the name server what it is to answer.
@@ -614,7 +606,7 @@ impl Summoner {
         Ok(())
     }
 
-    /// Serves until it is told to end. True: its units go on.
+    /// Serves until it is told to end.
     ///
     /// # Errors
     /// When the name server fails.
@@ -625,13 +617,14 @@ impl Summoner {
         let mut terminate = signal(SignalKind::terminate()).map_err(failed())?;
         let mut child = signal(SignalKind::child()).map_err(failed())?;
         let (commands, mut inbox) = mpsc::channel::<(Request, oneshot::Sender<Answer>)>(64);
+        let mut talks = JoinSet::new();
         let dns = self.dns.clone();
         let mut serving = tokio::spawn(async move { dns.run().await });
-        let keep = loop {
+        let (keep, asked) = loop {
             tokio::select! {
                 accepted = self.control.accept() => match accepted {
                     Ok((stream, _)) => {
-                        tokio::spawn(converse(stream, commands.clone()));
+                        talks.spawn(converse(stream, commands.clone()));
                     }
                     Err(error) => {
                         tracing::warn!("accept a command: {error}");
@@ -640,15 +633,7 @@ impl Summoner {
                 },
                 Some((request, answer)) = inbox.recv() => {
                     if let Request::Down { keep } = request {
-                        if !keep {
-                            self.end_units().await;
-                            self.addresses.clear();
-                        }
-                        let _ = answer.send(Answer::Done);
-                        // The answer is to leave before this process does.
-                        tokio::task::yield_now().await;
-                        tokio::time::sleep(Duration::from_millis(20)).await;
-                        break keep;
+                        break (keep, Some(answer));
                     }
                     let said = self.command(request).await;
                     let _ = answer.send(said);
@@ -658,8 +643,9 @@ impl Summoner {
                         tracing::error!("the configuration is not taken: {error}");
                     }
                 }
-                _ = interrupt.recv() => break false,
-                _ = terminate.recv() => break false,
+                Some(_) = talks.join_next() => {}
+                _ = interrupt.recv() => break (false, None),
+                _ = terminate.recv() => break (false, None),
                 _ = child.recv() => self.shared.reap(),
                 ended = &mut serving => {
                     let reason = match ended {
@@ -679,6 +665,13 @@ impl Summoner {
         let _ = std::fs::remove_file(self.directory.join(control::SOCKET));
         let shared = Arc::clone(&self.shared);
         let _ = tokio::task::spawn_blocking(move || shared.write_all()).await;
+        if let Some(asked) = asked {
+            let _ = asked.send(Answer::Done);
+            // The answer is to leave before this process does; clients that say nothing are not waited for.
+            drop(inbox);
+            let all_said = async { while talks.join_next().await.is_some() {} };
+            let _ = tokio::time::timeout(LAST_WORDS, all_said).await;
+        }
         Ok(())
     }
 
@@ -699,12 +692,8 @@ impl Summoner {
         let read = Arc::clone(&self.read);
         let outcome = match tokio::task::spawn_blocking(move || read()).await {
             Ok(Ok(configuration)) => self.apply(configuration, BTreeMap::new()).await,
-            Ok(Err(problems)) => Err(Error {
-                message: problems,
-                help: None,
-                input: true,
-            }),
-            Err(error) => Err(Error::plain(error.to_string())),
+            Ok(Err(problems)) => Err(Error::wrong(problems)),
+            Err(error) => Err(error.into()),
         };
         match &outcome {
             Ok(()) => {
@@ -735,14 +724,9 @@ impl Summoner {
             Request::Start(names) => self.tell(&names, Event::Start),
             Request::Stop(names) => self.tell(&names, Event::Stop),
             Request::Add { unit, directory } => {
-                let unit = self.configuration.parse_unit(&unit, &directory);
-                match unit {
+                match self.configuration.parse_unit(&unit, &directory) {
                     Ok(unit) => self.add(unit).await,
-                    Err(problems) => Err(Error {
-                        message: problems.to_string(),
-                        help: None,
-                        input: true,
-                    }),
+                    Err(problems) => Err(Error::wrong(problems)),
                 }
             }
             Request::Rm(names) => self.remove(&names).await,
@@ -795,11 +779,7 @@ impl Summoner {
 
     fn trace(&self, name: &str) -> Result<Answer, Error> {
         let entry = self.entry(name)?;
-        let mut all = self
-            .shared
-            .store
-            .timelines(name)
-            .map_err(|error| Error::plain(error.to_string()))?;
+        let mut all = self.shared.store.timelines(name)?;
         if let Some(present) = entry.unit.timeline() {
             all.retain(|one| one.start() != present.start());
             all.push(present);
@@ -809,38 +789,19 @@ impl Summoner {
 
     async fn add(&mut self, unit: configuration::Unit) -> Result<Answer, Error> {
         let name = unit.name.clone();
-        if let Some(entry) = self.entries.get(&name)
-            && !entry.added
-            && !entry.leaving
-        {
+        if self.configuration.units.contains_key(&name) {
             return Err(Error::input(
                 format!("the unit '{name}' is in the configuration already"),
                 "choose another name, or change it there and 'kiln summon reload'",
             ));
         }
         let store = Arc::clone(&self.shared.store);
-        let before = store
-            .units()
-            .map_err(|error| Error::plain(error.to_string()))?;
-        let mut whole = self.configuration.clone();
-        let machine = Machine::current();
-        for other in before.iter().filter(|other| other.name != name).cloned() {
-            if let Ok(with) = whole.with([other], &machine) {
-                whole = with;
-            }
-        }
-        whole
-            .with([unit.clone()], &machine)
-            .map_err(|problems| Error {
-                message: problems.to_string(),
-                help: None,
-                input: true,
-            })?;
-        let write = |change: Change| {
-            store
-                .write(&[change])
-                .map_err(|error| Error::plain(error.to_string()))
-        };
+        let before = store.units()?;
+        let others = before.iter().filter(|other| other.name != name).cloned();
+        Self::with_added(&self.configuration, others.collect())
+            .with([unit.clone()], &Machine::current())
+            .map_err(Error::wrong)?;
+        let write = |change: Change| store.write(&[change]);
         write(Change::AddUnit(Box::new(unit)))?;
         let configuration = self.configuration.clone();
         if let Err(error) = self.apply(configuration, BTreeMap::new()).await {
@@ -857,7 +818,8 @@ impl Summoner {
 
     async fn remove(&mut self, names: &[String]) -> Result<Answer, Error> {
         for name in names {
-            if !self.entry(name)?.added {
+            self.entry(name)?;
+            if self.configuration.units.contains_key(name) {
                 return Err(Error::input(
                     format!("the unit '{name}' is in the configuration, and was not added"),
                     "take it out there and 'kiln summon reload'",
@@ -873,34 +835,11 @@ impl Summoner {
                 ]
             })
             .collect();
-        self.shared
-            .store
-            .write(&changes)
-            .map_err(|error| Error::plain(error.to_string()))?;
+        self.shared.store.write(&changes)?;
         let configuration = self.configuration.clone();
         self.apply(configuration, BTreeMap::new()).await?;
         Ok(Answer::Done)
     }
-}
-
-/// The ports of a unit at its addresses, in the order of its held sockets.
-fn publish(
-    unit: &configuration::Unit,
-    addresses: &[IpAddr],
-) -> Vec<kiln_monitor::arguments::Publish> {
-    addresses
-        .iter()
-        .flat_map(|address| {
-            unit.ports
-                .iter()
-                .map(|port| kiln_monitor::arguments::Publish {
-                    address: Some(*address),
-                    host: port.host,
-                    guest: port.guest,
-                    protocol: port.protocol,
-                })
-        })
-        .collect()
 }
 
 fn dns_configuration(configuration: &Configuration) -> dns::Configuration {

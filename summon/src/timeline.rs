@@ -8,7 +8,7 @@
 
 use std::{
     fmt::Write,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize};
@@ -143,16 +143,6 @@ impl std::fmt::Display for Cause {
             Self::Floor => formatter.write_str("kept running"),
         }
     }
-}
-
-/// The wall clock in microseconds since 1970; 0 before.
-#[must_use]
-pub fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| {
-            u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
-        })
 }
 
 /// Part of a summons from one event to the next.

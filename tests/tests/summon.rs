@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::{Command, Stdio},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -758,6 +758,56 @@ fn added_units_stay_until_they_are_removed() {
     summoner.down();
     summoner.start(&["--forward", "none"]);
     assert_eq!(summoner.ps().len(), 1);
+    summoner.down();
+}
+
+/// A port that somebody else has.
+fn taken_port() -> (TcpListener, u16) {
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let port = taken.local_addr().expect("its address").port();
+    (taken, port)
+}
+
+const KEPT_AND_TAKEN: &str = "[unit.kept]\ndns = \"kept.example.org\"\nsource = \"{site}\"\nports = [\"8080:80\"]\nalways = true\n\n[unit.taken]\ndns = \"taken.example.org\"\nsource = \"{site}\"\naddress = \"127.0.0.1\"\nports = [\"PORT:80\"]\n";
+
+#[test]
+fn a_start_that_meets_a_taken_port_leaves_nothing_running() {
+    let (_taken, port) = taken_port();
+    let summoner = Summoner::new();
+    summoner.configure(&KEPT_AND_TAKEN.replace("PORT", &port.to_string()));
+    let outcome = run(&mut summoner.command(), RUN_DEADLINE);
+    assert_eq!(outcome.code(), 1, "{outcome}");
+    assert!(outcome.errors.contains(&port.to_string()), "{outcome}");
+    assert_eq!(summoner.processes(), Vec::<u32>::new());
+    assert_eq!(summoner.instances(), Vec::<String>::new());
+}
+
+#[test]
+fn a_reload_that_meets_a_taken_port_brings_no_new_unit_and_the_next_one_does() {
+    let (taken, port) = taken_port();
+    let mut summoner = Summoner::with(
+        "[unit.www]\ndns = \"www.example.org\"\nsource = \"{site}\"\nports = [\"8080:80\"]\n",
+    );
+    let address = summoner.address("www.example.org");
+    let www =
+        "[unit.www]\ndns = \"www.example.org\"\nsource = \"{site}\"\nports = [\"8080:80\"]\n\n";
+    let more = KEPT_AND_TAKEN.replace("PORT", &port.to_string());
+    summoner.configure(&format!("{www}{more}"));
+    let outcome = summoner.kiln.run(["summon", "reload"]);
+    assert_eq!(outcome.code(), 1, "{outcome}");
+    assert!(outcome.errors.contains(&port.to_string()), "{outcome}");
+    let names = |summoner: &Summoner| -> Vec<String> {
+        let units = summoner.ps();
+        let name = |unit: &serde_json::Value| unit["name"].as_str().map(str::to_owned);
+        units.iter().filter_map(name).collect()
+    };
+    assert_eq!(names(&summoner), ["www"]);
+    assert!(summoner.short(&["kept.example.org"]).is_empty());
+    assert!(curl(&format!("http://{address}:8080/")).contains("<html"));
+    drop(taken);
+    summoner.say(&["reload"]);
+    assert_eq!(names(&summoner), ["kept", "taken", "www"]);
+    summoner.until("kept", "ready");
     summoner.down();
 }
 

@@ -468,7 +468,7 @@ impl Machine {
                         self.end(&mut actions);
                     } else if self.again {
                         self.again = false;
-                        self.resume(&mut actions);
+                        actions.push(Action::Resume);
                     }
                 }
                 State::Ready { .. } => self.state = State::Suspended,
@@ -532,10 +532,6 @@ impl Machine {
         actions
     }
 
-    fn resume(&mut self, actions: &mut Vec<Action>) {
-        actions.push(Action::Resume);
-    }
-
     /// Somebody wants it.
     fn wanted(&mut self, now: Moment, event: Event, actions: &mut Vec<Action>) {
         if self.removed {
@@ -554,7 +550,7 @@ impl Machine {
                 actions.push(Action::Continue);
             }
             State::Suspending | State::Stopping => self.again = true,
-            State::Suspended => self.resume(actions),
+            State::Suspended => actions.push(Action::Resume),
             State::BackingOff { .. }
             | State::Starting { .. }
             | State::Ready { .. }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use kiln_monitor::arguments::Publish;
 use kiln_monitor::state::{InstanceConfiguration, now_microseconds};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
@@ -30,6 +31,21 @@ pub struct Prepared {
     pub addresses: Vec<IpAddr>,
     /// Its instance; or why there can be none (its source cannot be built).
     pub instance: Result<InstanceConfiguration, String>,
+}
+
+/// The ports of a unit at its addresses: its sockets, and the published ports of its instance, are in this order.
+#[must_use]
+pub fn published(unit: &configuration::Unit, addresses: &[IpAddr]) -> Vec<Publish> {
+    let at = |address: &IpAddr| {
+        let address = Some(*address);
+        unit.ports.iter().map(move |port| Publish {
+            address,
+            host: port.host,
+            guest: port.guest,
+            protocol: port.protocol,
+        })
+    };
+    addresses.iter().flat_map(at).collect()
 }
 
 impl Prepared {
@@ -235,12 +251,6 @@ impl Unit {
         // First, so that a start finds it.
         let _ = self.inbox.send(Input::Configure(Box::new(prepared)));
         self.event(Event::Configure { settings, stale });
-    }
-
-    /// What it has done so far.
-    #[must_use]
-    pub fn statistics(&self) -> Statistics {
-        self.lock().statistics
     }
 
     /// The present or last summons.

@@ -31,7 +31,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use super::machine::{Action, Event, Machine, State};
-use super::{Core, Handle, Prepared, Unit, session};
+use super::{Core, Handle, Prepared, Unit, published, session};
 use crate::configuration::Readiness;
 use crate::dns::NotReady;
 use crate::metrics::Metrics;
@@ -352,34 +352,23 @@ impl Runner {
         Ok((unit, runner))
     }
 
-    /// The published ports: where they are, and in the order of the instance's configuration.
-    fn addresses(prepared: &Prepared) -> Vec<(SocketAddr, Protocol, u16)> {
-        let mut all = Vec::new();
-        for address in &prepared.addresses {
-            for port in &prepared.unit.ports {
-                all.push((
-                    SocketAddr::new(*address, port.host),
-                    port.protocol,
-                    port.guest,
-                ));
-            }
-        }
-        all
-    }
-
     /// Binds the sockets that are missing and closes those that are no longer wanted.
     fn bind(&mut self) -> Result<(), String> {
-        let wanted = Self::addresses(&self.prepared);
+        let wanted = published(&self.prepared.unit, &self.prepared.addresses);
         let mut bound = Vec::with_capacity(wanted.len());
         let mut old = std::mem::take(&mut self.sockets);
         let mut failure = None;
-        for (address, protocol, guest) in wanted {
+        for publish in wanted {
+            let (Some(ip), protocol) = (publish.address, publish.protocol) else {
+                continue;
+            };
+            let address = SocketAddr::new(ip, publish.host);
             let known = old
                 .iter()
                 .position(|socket| (socket.address, socket.protocol) == (address, protocol));
             let socket = match known {
                 Some(place) => old.swap_remove(place),
-                None => match bind_held(address, protocol, guest) {
+                None => match bind_held(address, protocol, publish.guest) {
                     Ok(socket) => Socket {
                         address,
                         protocol,
@@ -417,8 +406,25 @@ impl Runner {
         }
     }
 
+    /// The unit's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.unit.name
+    }
+
+    /// Gives the unit up before it has lived: its sockets close, and an adopted instance goes on as it was.
+    pub fn abandon(self) {
+        self.shared
+            .metrics
+            .forget(&self.unit.name, &self.unit.metrics);
+    }
+
     /// Lives the unit's life, until it is removed and nothing of it is left.
     pub async fn run(mut self) {
+        if self.running.is_some() {
+            // An adopted instance is to tell what has been.
+            self.ask(Request::Watch, Asked::Other).await;
+        }
         loop {
             let deadline = self.deadline();
             let watched = &self.watched;
@@ -607,7 +613,8 @@ impl Runner {
             .iter()
             .map(|socket| Arc::clone(&socket.socket))
             .collect();
-        let missing = self.sockets.len() < Self::addresses(&self.prepared).len();
+        let ports = self.prepared.unit.ports.len() * self.prepared.addresses.len();
+        let missing = self.sockets.len() < ports;
         let line = match &self.prepared.unit.ready {
             Readiness::Line(text) => Some(text.clone()),
             _ => None,
@@ -695,13 +702,6 @@ impl Runner {
             _place: launch.place,
         });
         Ok(())
-    }
-
-    /// Asks an adopted instance to tell what has been. To be called before [`Runner::run`].
-    pub async fn greet(&mut self) {
-        if self.running.is_some() {
-            self.ask(Request::Watch, Asked::Other).await;
-        }
     }
 
     fn count_memory(&self) {
