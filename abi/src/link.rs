@@ -1,6 +1,6 @@
 //! The link: one byte stream between a running kernel and its monitor.
 //!
-//! On `process` it is a Unix stream socket, on VMs a virtio console. It carries frames: a header of
+//! On `process` it is a Unix stream socket, on VMs a serial port of a virtio console. It carries frames: a header of
 //! eight bytes (channel and payload length, both little-endian `u32`), then the payload.
 //!
 //! * Channel [`CONTROL`]: [`ToMonitor`] from the kernel, [`ToKernel`] from the monitor, encoded
@@ -54,8 +54,8 @@ pub enum ToMonitor {
         /// Microseconds since the kernel's own first instructions.
         uptime: u32,
     },
-    /// The program listens on (TCP) or has bound (UDP) a port. On `--net socket` the monitor now begins to accept
-    /// TCP connections for it.
+    /// The program listens on (TCP) or has bound (UDP) a port. The monitor now lets clients of the
+    /// published ports in. (A UDP port on `--net socket` is told by [`ToMonitor::OpenDatagram`] alone.)
     Listen {
         /// Address given to `bind`; unspecified for all.
         address: SocketAddr,

@@ -33,6 +33,15 @@ impl Failure {
         }
     }
 
+    /// As it is told to another process.
+    pub fn refusal(&self) -> kiln_monitor::Refusal {
+        kiln_monitor::Refusal {
+            message: self.message.clone(),
+            help: self.help.clone(),
+            input: self.input,
+        }
+    }
+
     /// Exit code: 2 for wrong input, 1 for the rest.
     pub fn code(&self) -> u8 {
         if self.input { 2 } else { 1 }
@@ -57,13 +66,25 @@ impl Failure {
     }
 }
 
+impl From<kiln_monitor::Refusal> for Failure {
+    fn from(refusal: kiln_monitor::Refusal) -> Self {
+        Self {
+            message: refusal.message,
+            help: refusal.help,
+            input: refusal.input,
+        }
+    }
+}
+
+impl From<kiln_summon::summoner::Error> for Failure {
+    fn from(error: kiln_summon::summoner::Error) -> Self {
+        error.0.into()
+    }
+}
+
 impl From<kiln_monitor::Error> for Failure {
     fn from(error: kiln_monitor::Error) -> Self {
-        Self {
-            message: error.to_string(),
-            help: error.help(),
-            input: error.kind() == kiln_monitor::Kind::Input,
-        }
+        kiln_monitor::Refusal::from(&error).into()
     }
 }
 

@@ -422,15 +422,7 @@ fn detach(state: &StateDirectory, instance: Instance) -> Result<ExitCode, Failur
             Ok(ExitCode::SUCCESS)
         }
         // The monitor has removed the instance.
-        Ok(Outcome::Failed {
-            message,
-            help,
-            input,
-        }) => Err(Failure {
-            message,
-            help,
-            input,
-        }),
+        Ok(Outcome::Failed(refusal)) => Err(refusal.into()),
         Err(error) => {
             instance.remove()?;
             Err(error.into())

@@ -11,6 +11,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use kiln_monitor::Refusal;
 use kiln_monitor::state::{InstanceConfiguration, StateDirectory, now};
 use kiln_monitor::volume::ensure_named;
 use kiln_summon::configuration::{self, Configuration, Machine, Overrides};
@@ -41,28 +42,12 @@ pub fn summon(arguments: &SummonArguments) -> Result<ExitCode, Failure> {
     }
 }
 
-impl From<kiln_summon::summoner::Error> for Failure {
-    fn from(error: kiln_summon::summoner::Error) -> Self {
-        Self {
-            message: error.message,
-            help: error.help,
-            input: error.input,
-        }
-    }
-}
-
 /// What the background process tells the command that waits.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Report {
-    Ready {
-        words: String,
-    },
-    Failed {
-        message: String,
-        help: Option<String>,
-        input: bool,
-    },
+    Ready { words: String },
+    Failed(Refusal),
 }
 
 fn overrides(arguments: &ServeArguments) -> Overrides {
@@ -210,11 +195,7 @@ fn serve(arguments: &ServeArguments) -> Result<ExitCode, Failure> {
     let outcome = try_serve(arguments);
     match outcome {
         Err(failure) if arguments.detached => {
-            report(&Report::Failed {
-                message: failure.message.clone(),
-                help: failure.help.clone(),
-                input: failure.input,
-            });
+            report(&Report::Failed(failure.refusal()));
             Err(failure)
         }
         outcome => outcome,
@@ -407,15 +388,7 @@ fn detach(arguments: &ServeArguments) -> Result<ExitCode, Failure> {
             eprintln!("kiln: {words}");
             Ok(ExitCode::SUCCESS)
         }
-        Ok(Report::Failed {
-            message,
-            help,
-            input,
-        }) => Err(Failure {
-            message,
-            help,
-            input,
-        }),
+        Ok(Report::Failed(refusal)) => Err(refusal.into()),
         Err(_) => Err(Failure::environment(
             "the summoner ended before it could report",
             Some(format!("see {}", log_path.display())),
@@ -436,15 +409,7 @@ fn request(request: &Request) -> Result<Answer, Failure> {
         _ => io("speak to the summoner")(error),
     })?;
     match answer {
-        Answer::Refused {
-            message,
-            help,
-            input,
-        } => Err(Failure {
-            message,
-            help,
-            input,
-        }),
+        Answer::Refused(refusal) => Err(refusal.into()),
         answer => Ok(answer),
     }
 }

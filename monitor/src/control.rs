@@ -23,7 +23,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 
 use crate::arguments::Publish;
-use crate::error::Error;
+use crate::error::{Error, Refusal};
 use crate::state::Instance;
 
 /// What is asked of a monitor.
@@ -110,14 +110,7 @@ pub enum Event {
         ports: Vec<Publish>,
     },
     /// The instance ended before its program began.
-    Failed {
-        /// Why.
-        message: String,
-        /// What to do.
-        help: Option<String>,
-        /// What was asked for cannot be right; else this machine does not allow it now.
-        input: bool,
-    },
+    Failed(Refusal),
     /// The program listens on (TCP) or has bound (UDP) a port beyond its own loopback.
     Listening {
         /// The program's port.

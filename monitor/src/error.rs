@@ -2,6 +2,8 @@
 
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 use crate::engine::{StartError, Unavailable};
 
 /// Whose turn it is to change something. Decides the command's exit code.
@@ -58,6 +60,29 @@ pub enum Error {
     /// The kernel broke the link's protocol.
     #[error("the kernel sent something that the link's protocol does not allow: {0}")]
     Protocol(String),
+}
+
+/// Why something cannot be, as one process tells it to another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(deny_unknown_fields)]
+#[error("{message}")]
+pub struct Refusal {
+    /// What is wrong.
+    pub message: String,
+    /// What to do.
+    pub help: Option<String>,
+    /// What was asked for cannot be right; else it fails here and now.
+    pub input: bool,
+}
+
+impl From<&Error> for Refusal {
+    fn from(error: &Error) -> Self {
+        Self {
+            message: error.to_string(),
+            help: error.help(),
+            input: error.kind() == Kind::Input,
+        }
+    }
 }
 
 fn with_cause(error: &StartError) -> String {

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::arguments::Publish;
 use crate::control::{self, Event, Message};
-use crate::error::{Error, Kind};
+use crate::error::{Error, Refusal};
 use crate::state::{Instance, StateDirectory, now_microseconds};
 use crate::{choice, console, monitor};
 
@@ -95,14 +95,7 @@ pub enum Outcome {
     /// The program runs; its published ports with the ports really bound.
     Started(Vec<Publish>),
     /// The instance ended before its program began, and is removed.
-    Failed {
-        /// Why.
-        message: String,
-        /// What to do.
-        help: Option<String>,
-        /// What was asked for cannot be right; else this machine does not allow it now.
-        input: bool,
-    },
+    Failed(Refusal),
 }
 
 impl Launched {
@@ -120,17 +113,7 @@ impl Launched {
             match serde_json::from_str(&line) {
                 Ok(Message::Event { event, .. }) => match event {
                     Event::Started { ports } => return Ok(Outcome::Started(ports)),
-                    Event::Failed {
-                        message,
-                        help,
-                        input,
-                    } => {
-                        return Ok(Outcome::Failed {
-                            message,
-                            help,
-                            input,
-                        });
-                    }
+                    Event::Failed(refusal) => return Ok(Outcome::Failed(refusal)),
                     _ => {}
                 },
                 Ok(Message::Answer { .. } | Message::Held { .. }) => {}
@@ -217,19 +200,15 @@ pub fn become_monitor(state: PathBuf, name: &str) -> Result<i32, Error> {
     }
     let failed = match &outcome {
         _ if started => None,
-        Ok(ended) => Some(Event::Failed {
+        Ok(ended) => Some(Refusal {
             message: ended.not_started(&said),
             help: None,
             input: ended.is_input(),
         }),
-        Err(error) => Some(Event::Failed {
-            message: error.to_string(),
-            help: error.help(),
-            input: error.kind() == Kind::Input,
-        }),
+        Err(error) => Some(Refusal::from(error)),
     };
-    if let Some(event) = failed {
-        let at = now_microseconds();
+    if let Some(refusal) = failed {
+        let (at, event) = (now_microseconds(), Event::Failed(refusal));
         // Whoever launched may have gone.
         let _ = last_word.set_nonblocking(true);
         let _ = control::send_line(&last_word, &Message::Event { at, event }, &[]);

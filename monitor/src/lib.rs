@@ -24,5 +24,5 @@ pub mod sockets;
 pub mod state;
 pub mod volume;
 
-pub use error::{Error, Kind};
+pub use error::{Error, Kind, Refusal};
 pub use kiln_network::raise_descriptor_limit;

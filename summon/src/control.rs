@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use kiln_monitor::Refusal;
 use serde::{Deserialize, Serialize};
 
 use crate::timeline::Timeline;
@@ -65,14 +66,7 @@ pub enum Answer {
     /// To [`Request::Trace`].
     Timelines(Vec<Timeline>),
     /// It cannot be done.
-    Refused {
-        /// Why.
-        message: String,
-        /// What to do.
-        help: Option<String>,
-        /// What was asked for cannot be right; else it fails here and now.
-        input: bool,
-    },
+    Refused(Refusal),
 }
 
 /// A path to the socket in `directory` that is short enough for `sun_path`, valid while the returned directory is open.

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use kiln_monitor::Refusal;
 use kiln_monitor::state::{InstanceConfiguration, StateDirectory, open_lock};
 use rustix::fs::FlockOperation;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -61,50 +62,37 @@ pub type Prepare =
 /// Reads the configuration again. Blocks.
 pub type Read = Arc<dyn Fn() -> Result<Configuration, String> + Send + Sync>;
 
-/// Why a summoner cannot work.
+/// Why a summoner cannot work, or does not do what is asked.
 #[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct Error {
-    /// What is wrong.
-    pub message: String,
-    /// What to do.
-    pub help: Option<String>,
-    /// What was asked for cannot be right; else it fails here and now.
-    pub input: bool,
-}
+#[error(transparent)]
+pub struct Error(pub Refusal);
 
 impl Error {
-    fn environment(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            help: Some(help.into()),
-            input: false,
-        }
+    fn new(message: impl ToString, help: Option<String>, input: bool) -> Self {
+        let message = message.to_string();
+        Self(Refusal {
+            message,
+            help,
+            input,
+        })
     }
 
-    fn input(message: impl Into<String>, help: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            help: Some(help.into()),
-            input: true,
-        }
+    fn environment(message: impl ToString, help: impl Into<String>) -> Self {
+        Self::new(message, Some(help.into()), false)
     }
 
-    fn plain(message: impl Into<String>) -> Self {
-        Self {
-            message: message.into(),
-            help: None,
-            input: false,
-        }
+    fn input(message: impl ToString, help: impl Into<String>) -> Self {
+        Self::new(message, Some(help.into()), true)
+    }
+
+    /// The text says all.
+    fn plain(message: impl ToString) -> Self {
+        Self::new(message, None, false)
     }
 
     /// What a user has written is wrong; the text says all.
     fn wrong(problems: impl ToString) -> Self {
-        Self {
-            message: problems.to_string(),
-            help: None,
-            input: true,
-        }
+        Self::new(problems, None, true)
     }
 
     fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
@@ -115,19 +103,19 @@ impl Error {
 
 impl From<store::Error> for Error {
     fn from(error: store::Error) -> Self {
-        Self::plain(error.to_string())
+        Self::plain(error)
     }
 }
 
 impl From<dns::Error> for Error {
     fn from(error: dns::Error) -> Self {
-        Self::plain(error.to_string())
+        Self::plain(error)
     }
 }
 
 impl From<tokio::task::JoinError> for Error {
     fn from(error: tokio::task::JoinError) -> Self {
-        Self::plain(error.to_string())
+        Self::plain(error)
     }
 }
 
@@ -734,11 +722,7 @@ impl Summoner {
             Request::Trace(name) => self.trace(&name),
             Request::Down { .. } => Ok(Answer::Done),
         };
-        outcome.unwrap_or_else(|error| Answer::Refused {
-            message: error.message,
-            help: error.help,
-            input: error.input,
-        })
+        outcome.unwrap_or_else(|Error(refusal)| Answer::Refused(refusal))
     }
 
     /// Has all units look how busy they are, and gives them a moment for it.
@@ -874,11 +858,11 @@ async fn converse(stream: UnixStream, commands: mpsc::Sender<(Request, oneshot::
                 Err(_) => return,
             }
         }
-        Err(error) => Answer::Refused {
+        Err(error) => Answer::Refused(Refusal {
             message: format!("not a request: {error}"),
             help: Some("use the 'kiln' of the same version as the summoner".to_owned()),
             input: true,
-        },
+        }),
     };
     if let Ok(mut text) = serde_json::to_vec(&answer) {
         text.push(b'\n');

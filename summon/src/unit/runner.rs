@@ -791,7 +791,7 @@ impl Runner {
                 self.finish_timeline();
                 self.unit.event(Event::Resumed);
             }
-            Said::Failed { message, .. } => running.ended = Some(Some(message)),
+            Said::Failed(refusal) => running.ended = Some(Some(refusal.message)),
             Said::Ended { code, reason } => {
                 let early = !running.ready && !running.ending;
                 let reason = match reason {
