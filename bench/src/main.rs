@@ -9,6 +9,7 @@ mod boot;
 mod dns;
 mod idle;
 mod memory;
+mod profile;
 mod sample;
 mod server;
 mod size;
@@ -25,6 +26,7 @@ Usage: bench/measure NAME
   boot [ROUNDS]     engine qemu (TCG): to the first HTTP byte, against a kernel that prints one byte    [21]
   redis [ROUNDS]    redis-benchmark, engine process, --net socket and direct, against native            [3]
   nginx [ROUNDS]    wrk, engine process, --net socket and direct, against native                        [3]
+  profile [SECONDS] where redis and nginx spend their time; stacks for flame graphs in target/profiles      [5]
   dns [ROUNDS]      dnsperf, the summoner's name server with 1,000 warm names, against dnsmasq          [5]
   summon [ROUNDS]   kiln summon: cold, suspended and warm visits, held connections, 1,000 cold names    [30]
   idle [SECONDS]    CPU time of an idle site, both engines                                              [60]
@@ -53,6 +55,10 @@ fn main() -> ExitCode {
         "boot" => boot::measure(count.unwrap_or(21)),
         "redis" => throughput::redis(count.unwrap_or(3)),
         "nginx" => throughput::nginx(count.unwrap_or(3)),
+        "profile" => profile::measure(
+            count.unwrap_or(5),
+            &kiln_tests::workspace().join("target/profiles"),
+        ),
         "dns" => dns::measure(count.unwrap_or(5)),
         "summon" => summon::measure(count.unwrap_or(30)),
         "idle" => idle::measure(count.unwrap_or(60)),

@@ -17,10 +17,11 @@ use crate::{
 /// A client's run may take that long.
 const LIMIT: Duration = Duration::from_secs(300);
 /// The ways onto the network that are compared with native.
-const WAYS: [&str; 2] = ["socket", "direct"];
+pub const WAYS: [&str; 2] = ["socket", "direct"];
 
 /// What redis gets, natively and in an image.
-const REDIS_ARGUMENTS: [&str; 6] = ["--save", "", "--appendonly", "no", "--protected-mode", "no"];
+pub const REDIS_ARGUMENTS: [&str; 6] =
+    ["--save", "", "--appendonly", "no", "--protected-mode", "no"];
 
 /// Compares redis, without and with pipelining.
 pub fn redis(rounds: u32) {

@@ -59,8 +59,10 @@ pub fn kernel_symbol(file: MemoryRange, offset: u64) -> Option<(&'static str, u6
     function(bytes, u32::try_from(offset).ok()?)
 }
 
-/// Finds the function that an offset lies in.
-fn function(file: &[u8], offset: u32) -> Option<(&str, u64)> {
+/// The function that an offset in the kernel's own file lies in, and the distance from its start. `file` is the whole file, with
+/// the table at its end that `guest/build.rs` writes.
+#[must_use]
+pub fn function(file: &[u8], offset: u32) -> Option<(&str, u64)> {
     let (rest, magic) = file.split_at_checked(file.len().checked_sub(8)?)?;
     if magic != b"KilnSyms" {
         return None;
