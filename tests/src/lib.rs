@@ -11,10 +11,13 @@
 
 use std::{
     ffi::OsStr,
-    net::TcpListener,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket},
+    ops::Range,
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -292,18 +295,39 @@ pub fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// A TCP port of the loopback interface that nobody uses.
+/// A port that nobody uses: neither TCP nor UDP, on no address. Each call gives another one, from below the ports that the
+/// system gives to clients, so that no connection of another test takes it before its server does.
 ///
 /// # Panics
 ///
 /// When there is none.
 #[must_use]
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener
-        .local_addr()
-        .expect("a bound socket has an address")
-        .port()
+    const PORTS: Range<u16> = 16_384..32_768;
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
+    // Test programs that run at once begin at different places.
+    let start = std::process::id().wrapping_mul(257) as u16;
+    PORTS
+        .map(|_| {
+            let step = start.wrapping_add(TAKEN.fetch_add(1, Ordering::Relaxed));
+            PORTS.start + step % (PORTS.end - PORTS.start)
+        })
+        .find(|&port| is_free(port))
+        .expect("a free port")
+}
+
+/// Whether nobody uses a port, TCP or UDP. Where there is no IPv6, IPv4 alone tells.
+fn is_free(port: u16) -> bool {
+    let bound = |address: IpAddr| -> io::Result<()> {
+        TcpListener::bind((address, port))?;
+        UdpSocket::bind((address, port)).map(|_| ())
+    };
+    match bound(Ipv6Addr::UNSPECIFIED.into()) {
+        Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
+            bound(Ipv4Addr::UNSPECIFIED.into()).is_ok()
+        }
+        outcome => outcome.is_ok(),
+    }
 }
 
 /// Whether a tool is installed.

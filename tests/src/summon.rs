@@ -8,7 +8,7 @@ use std::{
     fs::{self, File},
     hash::{BuildHasher as _, RandomState},
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -16,7 +16,9 @@ use std::{
 
 use serde_json::Value;
 
-use crate::{Kiln, Outcome, RUN_DEADLINE, eventually, need, programs, run, wait, workspace};
+use crate::{
+    Kiln, Outcome, RUN_DEADLINE, eventually, free_port, need, programs, run, wait, workspace,
+};
 
 /// A program for units, told what to do by words like `listen=8000`:
 ///
@@ -151,7 +153,7 @@ impl Summoner {
         let (second, third) = (100 + random % 100, random / 100 % 256);
         Self {
             kiln: Kiln::new(),
-            port: free_dns_port(),
+            port: free_port(),
             pool: format!("127.{second}.{third}.0/24"),
             child: None,
         }
@@ -490,23 +492,6 @@ impl Drop for Summoner {
             let _ = child.wait();
         }
     }
-}
-
-/// A port of the loopback interface that is free over TCP and UDP.
-///
-/// # Panics
-///
-/// When there is none.
-#[must_use]
-pub fn free_dns_port() -> u16 {
-    for _ in 0..100 {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let port = listener.local_addr().expect("an address").port();
-        if UdpSocket::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-    panic!("no port is free over both TCP and UDP");
 }
 
 /// Gets a page with curl, once: no second try.

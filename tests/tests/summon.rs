@@ -11,7 +11,7 @@ use std::{
 
 use kiln_tests::{
     Kiln, RUN_DEADLINE, engines, eventually, free_port, need, run,
-    summon::{Redis, Summoner, WATCH, curl, free_dns_port, processor_time, question, resident},
+    summon::{Redis, Summoner, WATCH, curl, processor_time, question, resident},
     wait, workspace,
 };
 
@@ -22,7 +22,7 @@ fn the_example_as_a_user_types_it() {
     need("curl");
     let folder = workspace().join("examples/summon");
     let kiln = Kiln::new();
-    let port = free_dns_port();
+    let port = free_port();
     let http = free_port();
     let redis = free_port();
     // The example itself, but for its ports.
@@ -850,7 +850,7 @@ fn a_wrong_configuration_is_told_with_line_key_and_remedy() {
 fn names_that_are_not_ours_are_forwarded_or_refused() {
     need("dnsmasq");
     let mut summoner = Summoner::new();
-    let upstream = free_dns_port();
+    let upstream = free_port();
     let mut dnsmasq = Command::new("/usr/sbin/dnsmasq")
         .args([
             "--keep-in-foreground",
@@ -974,7 +974,7 @@ fn numbers_and_timelines_show_what_happened() {
 #[test]
 fn units_by_flags_need_no_file() {
     let kiln = Kiln::new();
-    let (dns, port) = (free_dns_port(), free_port());
+    let (dns, port) = (free_port(), free_port());
     let pool = Summoner::new().pool.clone();
     let site = workspace().join("examples/site");
     let unit = format!(
