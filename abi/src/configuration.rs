@@ -79,6 +79,8 @@ pub struct StaticNetwork {
     pub addresses: Vec<(IpAddr, u8)>,
     /// Default gateways, at most one for each family.
     pub gateways: Vec<IpAddr>,
+    /// The gateways' MAC address, if it is known beforehand: then nobody has to ask for it.
+    pub gateway_mac: Option<[u8; 6]>,
     /// Name servers for `/etc/resolv.conf`.
     pub name_servers: Vec<IpAddr>,
     /// MAC address (process engine, whose frame stream has no device to say it).

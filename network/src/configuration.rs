@@ -122,6 +122,7 @@ impl NetworkConfiguration {
                 (IpAddr::V6(self.guest_v6), 64),
             ],
             gateways: vec![IpAddr::V4(self.gateway_v4), IpAddr::V6(self.gateway_v6)],
+            gateway_mac: Some(self.gateway_mac),
             name_servers: vec![IpAddr::V4(self.dns_v4)],
             mac: Some(self.guest_mac),
             mtu: Some(self.mtu),

@@ -39,7 +39,7 @@ const KNOCKING: usize = 128;
 const KNOCK_FIRST: Duration = Duration::from_millis(2);
 const KNOCK_LONGEST: Duration = Duration::from_millis(50);
 /// How long a guest that has accepted nothing yet may leave a question without an answer, the first and the longest: what is sent
-/// before its network is up is lost.
+/// before its network is up is lost. One that has told that it listens has its network, but may be slow.
 const SILENCE_FIRST: Duration = Duration::from_millis(20);
 const SILENCE_LONGEST: Duration = Duration::from_secs(1);
 /// How long a client waits for a guest that does not listen.
@@ -1127,7 +1127,12 @@ impl Gateway {
                 port.knocking += 1;
                 port.just_told = false;
                 if !port.open {
-                    port.asked = Some((place, now + port.silence.unwrap_or(SILENCE_FIRST)));
+                    let first = if self.configuration.listens_told {
+                        SILENCE_LONGEST
+                    } else {
+                        SILENCE_FIRST
+                    };
+                    port.asked = Some((place, now + port.silence.unwrap_or(first)));
                 }
                 any = true;
                 if let Some(splice) = self.splices.get_mut(place) {

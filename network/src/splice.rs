@@ -112,7 +112,7 @@ impl Splice {
         while self.readable && !self.host_ended {
             let mut result = Ok(0);
             let mut asked = 0;
-            let sent = stack.tcp_send_with(guest, |space| {
+            let sent = stack.tcp_send_with(guest, &mut |space| {
                 asked = space.len();
                 result = rustix::net::recv(&self.host, space, RecvFlags::empty())
                     .map(|(count, _)| count);
@@ -149,15 +149,17 @@ impl Splice {
     ) -> Option<Outcome> {
         while self.writable && !self.guest_ended {
             let mut result = None;
-            let received = stack.tcp_receive_with(guest, |bytes| {
+            let received = stack.tcp_receive_with(guest, &mut |bytes| {
                 let sent = rustix::net::send(&self.host, bytes, SendFlags::NOSIGNAL);
                 result = Some((sent, bytes.len()));
                 sent.unwrap_or(0)
             });
+            if let Ok(count @ 1..) = received {
+                self.answered = true;
+                *moved += count as u64;
+            }
             match (received, result) {
                 (Ok(_), Some((Ok(sent), offered))) => {
-                    self.answered = true;
-                    *moved += sent as u64;
                     if sent < offered {
                         self.writable = false;
                     }

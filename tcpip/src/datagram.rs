@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 use core::net::{IpAddr, SocketAddr};
 use hashbrown::HashMap;
 
+use crate::checksum;
 use crate::link::Link;
 use crate::packet::{ICMP, ICMPV6, IPV4_HEADER, IpHeader, IpPacket, TCP, UDP, UDP_HEADER, ports};
 use crate::socket::{Error, Event, Events, Readiness, SocketId};
@@ -515,7 +516,7 @@ impl Stack {
             field.fill(0);
         }
         let sum = if destination.is_ipv4() {
-            !smoltcp::wire::checksum::data(&message)
+            !checksum::of(&message)
         } else {
             header.checksum(&message)
         };
@@ -583,7 +584,7 @@ impl Stack {
         let Some(data) = message.get(UDP_HEADER..) else {
             return;
         };
-        let header = header_of(packet);
+        let header = packet.header();
         let unsummed = lengths[2..4] == [0, 0];
         let summed = !own && self.link.checksums == Checksums::Software;
         let optional = unsummed && packet.source.is_ipv4();
@@ -629,8 +630,8 @@ impl Stack {
         };
         if !own && self.link.checksums == Checksums::Software {
             let right = match packet.protocol {
-                ICMP => smoltcp::wire::checksum::data(message) == !0,
-                _ => header_of(packet).verify(message),
+                ICMP => checksum::of(message) == !0,
+                _ => packet.header().verify(message),
             };
             if !right {
                 return;
@@ -831,15 +832,6 @@ impl Stack {
     }
 }
 
-fn header_of(packet: &IpPacket<'_>) -> IpHeader {
-    IpHeader {
-        source: packet.source,
-        destination: packet.destination,
-        protocol: packet.protocol,
-        hop_limit: packet.hop_limit,
-    }
-}
-
 /// Reads the start of a packet that an ICMP error quotes: its total length is not there.
 fn parse_start(bytes: &[u8]) -> Option<IpPacket<'_>> {
     let mut start = bytes.get(..bytes.len().min(128))?.to_vec();
@@ -922,7 +914,7 @@ fn send_packet(
                         header[4..6].copy_from_slice(&(identification as u16).to_be_bytes());
                         header[6..8].copy_from_slice(&field.to_be_bytes());
                         header[10..12].fill(0);
-                        let sum = !smoltcp::wire::checksum::data(header);
+                        let sum = !checksum::of(header);
                         header[10..12].copy_from_slice(&sum.to_be_bytes());
                     }
                 } else {

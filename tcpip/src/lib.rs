@@ -18,6 +18,7 @@
 
 extern crate alloc;
 
+mod checksum;
 mod configuration;
 mod datagram;
 mod dhcp;
@@ -30,6 +31,7 @@ mod socket;
 mod stack;
 mod tcp;
 mod timer;
+mod tuple;
 
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,6 @@
 use alloc::{collections::VecDeque, vec::Vec};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
-use hashbrown::HashMap;
 
 use crate::packet::{ETHERNET_HEADER, ICMPV6, IPV6_HEADER, IpHeader, IpPacket};
 use crate::{Checksums, Configuration, FrameSink, MAXIMUM_FRAME, Moment};
@@ -86,6 +85,7 @@ pub struct Route {
 }
 
 struct Neighbour {
+    address: IpAddr,
     mac: Option<[u8; 6]>,
     /// Until when `mac` needs no question; None for one that never does.
     fresh_until: Option<Moment>,
@@ -104,7 +104,8 @@ pub(crate) struct Link {
     intercept_own: bool,
     addresses: Vec<Address>,
     routes: Vec<Route>,
-    neighbours: HashMap<IpAddr, Neighbour>,
+    /// Sorted by address.
+    neighbours: Vec<Neighbour>,
     /// Neighbours that packets wait for, and when they are to be asked again.
     unresolved: Vec<IpAddr>,
     loopback: VecDeque<Vec<u8>>,
@@ -129,7 +130,7 @@ impl Link {
                 prefix: 64
             }],
             routes: Vec::new(),
-            neighbours: HashMap::new(),
+            neighbours: Vec::new(),
             unresolved: Vec::new(),
             loopback: VecDeque::new(),
             loopback_bytes: 0,
@@ -183,16 +184,32 @@ impl Link {
 
     /// A neighbour whose Ethernet address is known beforehand and never asked for.
     pub(crate) fn add_neighbour(&mut self, address: IpAddr, mac: [u8; 6]) {
-        self.neighbours.insert(
+        self.put_neighbour(Neighbour {
             address,
-            Neighbour {
-                mac: Some(mac),
-                fresh_until: None,
-                attempts: 0,
-                ask_again: Moment::ZERO,
-                waiting: Vec::new(),
-            },
-        );
+            mac: Some(mac),
+            fresh_until: None,
+            attempts: 0,
+            ask_again: Moment::ZERO,
+            waiting: Vec::new(),
+        });
+    }
+
+    fn put_neighbour(&mut self, new: Neighbour) {
+        match self.place_of(new.address) {
+            Ok(place) => self.neighbours[place] = new,
+            Err(place) => self.neighbours.insert(place, new),
+        }
+    }
+
+    /// Where a neighbour is in the list, or would be.
+    fn place_of(&self, address: IpAddr) -> Result<usize, usize> {
+        self.neighbours
+            .binary_search_by(|neighbour| neighbour.address.cmp(&address))
+    }
+
+    fn neighbour(&mut self, address: IpAddr) -> Option<&mut Neighbour> {
+        let place = self.place_of(address).ok()?;
+        self.neighbours.get_mut(place)
     }
 
     /// Whether packets to the address stay in this stack.
@@ -304,7 +321,7 @@ impl Link {
         }
         let mut packet = alloc::vec![0; length];
         let result = fill(&mut packet);
-        if let Some(neighbour) = self.neighbours.get_mut(&next_hop) {
+        if let Some(neighbour) = self.neighbour(next_hop) {
             if neighbour.waiting.len() >= WAITING {
                 neighbour.waiting.remove(0);
             }
@@ -320,7 +337,7 @@ impl Link {
         sink: &mut dyn FrameSink,
         address: IpAddr,
     ) -> Option<[u8; 6]> {
-        if let Some(neighbour) = self.neighbours.get_mut(&address) {
+        if let Some(neighbour) = self.neighbour(address) {
             match neighbour.fresh_until {
                 None => return neighbour.mac,
                 Some(until) if now < until && neighbour.mac.is_some() => return neighbour.mac,
@@ -343,21 +360,19 @@ impl Link {
         }
         if self.neighbours.len() >= NEIGHBOURS {
             self.neighbours
-                .retain(|_, neighbour| neighbour.fresh_until.is_none_or(|until| now < until));
+                .retain(|neighbour| neighbour.fresh_until.is_none_or(|until| now < until));
             if self.neighbours.len() >= NEIGHBOURS {
                 return None;
             }
         }
-        self.neighbours.insert(
+        self.put_neighbour(Neighbour {
             address,
-            Neighbour {
-                mac: None,
-                fresh_until: Some(now),
-                attempts: 1,
-                ask_again: now + NEIGHBOUR_RETRY,
-                waiting: Vec::new(),
-            },
-        );
+            mac: None,
+            fresh_until: Some(now),
+            attempts: 1,
+            ask_again: now + NEIGHBOUR_RETRY,
+            waiting: Vec::new(),
+        });
         self.unresolved.push(address);
         self.ask(sink, address);
         None
@@ -644,14 +659,14 @@ impl Link {
         if mac[0] & 1 != 0 || (add && !self.addresses.iter().any(|own| own.contains(address))) {
             return;
         }
-        if add && !self.neighbours.contains_key(&address) && self.neighbours.len() < NEIGHBOURS {
+        if add && self.neighbours.len() < NEIGHBOURS && self.neighbour(address).is_none() {
             self.add_neighbour(address, mac);
-            if let Some(neighbour) = self.neighbours.get_mut(&address) {
+            if let Some(neighbour) = self.neighbour(address) {
                 neighbour.fresh_until = Some(now + NEIGHBOUR_LIFETIME);
             }
             return;
         }
-        let Some(neighbour) = self.neighbours.get_mut(&address) else {
+        let Some(neighbour) = self.neighbour(address) else {
             return;
         };
         if neighbour.fresh_until.is_none() {
@@ -670,15 +685,16 @@ impl Link {
     pub(crate) fn poll(&mut self, now: Moment, sink: &mut dyn FrameSink) {
         let mut index = 0;
         while let Some(address) = self.unresolved.get(index).copied() {
-            let Some(neighbour) = self.neighbours.get_mut(&address) else {
+            let Ok(place) = self.place_of(address) else {
                 self.unresolved.swap_remove(index);
                 continue;
             };
+            let neighbour = &mut self.neighbours[place];
             if now < neighbour.ask_again {
                 index += 1;
             } else if neighbour.attempts >= NEIGHBOUR_ATTEMPTS {
                 self.undeliverable.append(&mut neighbour.waiting);
-                self.neighbours.remove(&address);
+                self.neighbours.remove(place);
                 self.unresolved.swap_remove(index);
             } else {
                 neighbour.attempts += 1;
@@ -696,7 +712,13 @@ impl Link {
         }
         self.unresolved
             .iter()
-            .filter_map(|address| Some(self.neighbours.get(address)?.ask_again))
+            .filter_map(|address| {
+                Some(
+                    self.neighbours
+                        .get(self.place_of(*address).ok()?)?
+                        .ask_again,
+                )
+            })
             .min()
     }
 }

@@ -3,7 +3,8 @@
 //! Sources: RFC 791 (IPv4), RFC 8200 (IPv6 and its extension headers), RFC 1071 (checksum).
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use smoltcp::wire::{IpProtocol, checksum};
+
+use crate::checksum;
 
 pub(crate) const ETHERNET_HEADER: usize = 14;
 pub(crate) const IPV4_HEADER: usize = 20;
@@ -56,6 +57,16 @@ impl<'a> IpPacket<'a> {
         }
     }
 
+    /// The plain header of the same packet.
+    pub(crate) fn header(&self) -> IpHeader {
+        IpHeader {
+            source: self.source,
+            destination: self.destination,
+            protocol: self.protocol,
+            hop_limit: self.hop_limit,
+        }
+    }
+
     fn parse_v4(bytes: &'a [u8], verify: bool) -> Option<IpPacket<'a>> {
         let header: &[u8; IPV4_HEADER] = bytes.first_chunk()?;
         let header_length = usize::from(header[0] & 0x0f) * 4;
@@ -65,7 +76,7 @@ impl<'a> IpPacket<'a> {
         }
         let whole = bytes.get(..total)?;
         let (headers, payload) = whole.split_at_checked(header_length)?;
-        if verify && checksum::data(headers) != !0 {
+        if verify && checksum::of(headers) != !0 {
             return None;
         }
         let flags = u16::from_be_bytes([header[6], header[7]]);
@@ -177,7 +188,7 @@ impl IpHeader {
                 header[9] = self.protocol;
                 header[12..16].copy_from_slice(&source.octets());
                 header[16..20].copy_from_slice(&destination.octets());
-                let sum = !checksum::data(header);
+                let sum = !checksum::of(header);
                 header[10..12].copy_from_slice(&sum.to_be_bytes());
             }
             (IpAddr::V6(source), IpAddr::V6(destination)) => {
@@ -200,21 +211,50 @@ impl IpHeader {
 
     /// The checksum of `payload` (a UDP, TCP or ICMPv6 message whose checksum field is zero) with the pseudo header.
     pub(crate) fn checksum(&self, payload: &[u8]) -> u16 {
-        !checksum::combine(&[self.pseudo_header(payload.len()), checksum::data(payload)])
+        !self.sum(payload)
     }
 
     /// Whether the checksum in `payload` is right.
     pub(crate) fn verify(&self, payload: &[u8]) -> bool {
-        checksum::combine(&[self.pseudo_header(payload.len()), checksum::data(payload)]) == !0
+        self.sum(payload) == !0
     }
 
-    fn pseudo_header(&self, length: usize) -> u16 {
-        checksum::pseudo_header(
-            &self.source.into(),
-            &self.destination.into(),
-            IpProtocol::from(self.protocol),
-            u32::try_from(length).unwrap_or(u32::MAX),
-        )
+    /// The sum of the pseudo header and of `payload`.
+    fn sum(&self, payload: &[u8]) -> u16 {
+        let mut sum = pseudo_header(self.protocol, payload.len());
+        for address in [&self.source, &self.destination] {
+            sum = match address {
+                IpAddr::V4(address) => checksum::add(sum, &address.octets()),
+                IpAddr::V6(address) => checksum::add(sum, &address.octets()),
+            };
+        }
+        checksum::finish(checksum::add(sum, payload))
+    }
+}
+
+/// What the pseudo header (RFC 9293 section 3.1, RFC 8200 section 8.1) has beside the addresses, as a sum.
+fn pseudo_header(protocol: u8, length: usize) -> u64 {
+    u64::from((u32::from(protocol) + length as u32).to_be())
+}
+
+/// Fills the checksums of a TCP packet in, that of an IPv4 header included. Its header of `header` bytes is a plain one,
+/// and both checksums are zero so far.
+pub(crate) fn fill_tcp_checksums(packet: &mut [u8], header: usize) {
+    // The addresses lie right before the payload.
+    let addresses = if header == IPV4_HEADER { 12 } else { 8 };
+    let (Some(summed), Some(length)) = (packet.get(addresses..), packet.len().checked_sub(header))
+    else {
+        return;
+    };
+    let sum = !checksum::finish(checksum::add(pseudo_header(TCP, length), summed));
+    if let Some(field) = packet.get_mut(header + 16..header + 18) {
+        field.copy_from_slice(&sum.to_be_bytes());
+    }
+    if let Some(header) = packet.first_chunk_mut::<IPV4_HEADER>()
+        && header[0] >> 4 == 4
+    {
+        let sum = !checksum::of(header);
+        header[10..12].copy_from_slice(&sum.to_be_bytes());
     }
 }
 

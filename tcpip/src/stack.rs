@@ -208,8 +208,10 @@ impl Stack {
             }
         }
         self.link.poll(now, sink);
-        for bytes in core::mem::take(&mut self.link.undeliverable) {
-            self.report(&bytes, Error::HostUnreachable);
+        if !self.link.undeliverable.is_empty() {
+            for bytes in core::mem::take(&mut self.link.undeliverable) {
+                self.report(&bytes, Error::HostUnreachable);
+            }
         }
         self.dhcp_poll(now, sink);
         self.router_poll(now, sink);
@@ -233,18 +235,20 @@ impl Stack {
     /// means never.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Moment> {
-        [
-            (!self.replies.pending().is_empty()).then_some(Moment::ZERO),
-            self.link.next_deadline(),
-            self.tcp.next_deadline(),
-            self.datagrams.next_deadline(self.sink_full),
-            self.dhcp.as_ref().and_then(DhcpClient::next_deadline),
-            self.solicitor.as_ref().and_then(Solicitor::next_deadline),
-            self.advertiser.as_ref().map(|advertiser| advertiser.next),
-        ]
-        .into_iter()
-        .flatten()
-        .min()
+        let replies = (!self.replies.pending().is_empty()).then_some(Moment::ZERO);
+        let mut next = earlier(replies, self.link.next_deadline());
+        next = earlier(next, self.tcp.next_deadline());
+        next = earlier(next, self.datagrams.next_deadline(self.sink_full));
+        if let Some(client) = &self.dhcp {
+            next = earlier(next, client.next_deadline());
+        }
+        if let Some(solicitor) = &self.solicitor {
+            next = earlier(next, solicitor.next_deadline());
+        }
+        if let Some(advertiser) = &self.advertiser {
+            next = earlier(next, Some(advertiser.next));
+        }
+        next
     }
 
     /// Whether nothing is under way on the link, so that the other end may fall silent for any time: no packet waits to be
@@ -322,6 +326,14 @@ impl Stack {
     pub fn close(&mut self, id: SocketId) {
         self.tcp_close(id);
         self.datagram_close(id);
+    }
+}
+
+/// The earlier of two moments, if there is one.
+pub(crate) fn earlier(a: Option<Moment>, b: Option<Moment>) -> Option<Moment> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (one, other) => one.or(other),
     }
 }
 

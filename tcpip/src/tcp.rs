@@ -8,6 +8,7 @@
 //!
 //! What always holds:
 //! - A tuple in `tuples` names a connection that exists and is not finished, or a TIME-WAIT record.
+//! - What is bound or listens is in `bound`; a connected socket is not.
 //! - A connection in TIME-WAIT whose owner has closed it has no buffers: only a record of its last sequence numbers.
 //! - A connection whose owner has not closed it keeps its slot, whatever the other end does.
 
@@ -16,7 +17,6 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::net::{IpAddr, SocketAddr};
 use core::time::Duration;
-use hashbrown::HashMap;
 use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet, SocketStorage};
 use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::tcp;
@@ -25,11 +25,13 @@ use smoltcp::wire::{HardwareAddress, IpListenEndpoint};
 
 use crate::link::Link;
 use crate::packet::{
-    IPV4_HEADER, IPV6_HEADER, IpHeader, IpPacket, TCP, TCP_HEADER, header_length, ports,
+    IPV4_HEADER, IPV6_HEADER, IpHeader, IpPacket, TCP, TCP_HEADER, fill_tcp_checksums,
+    header_length, ports,
 };
 use crate::socket::{Error, Event, Events, Readiness, Shutdown, SocketId, Table};
-use crate::stack::{Socket, Stack};
+use crate::stack::{Socket, Stack, earlier};
 use crate::timer::Timers;
+use crate::tuple::{Entry, Tuple, Tuples};
 use crate::{Checksums, Configuration, FrameSink, Moment};
 
 /// First and last port that are given out by themselves (`ip_local_port_range` of Linux).
@@ -94,13 +96,6 @@ pub(crate) struct Listener {
     /// Established connections that wait to be accepted.
     queue: VecDeque<SocketId>,
     event_queued: bool,
-}
-
-/// The four things that name a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Tuple {
-    local: SocketAddr,
-    remote: SocketAddr,
 }
 
 /// A connection, from its first segment on.
@@ -188,19 +183,15 @@ fn has_send_space(socket: &tcp::Socket<'_>) -> bool {
     (socket.send_capacity() - socket.send_queue()) * 3 >= socket.send_capacity()
 }
 
-/// What was last sent on a connection: enough to answer in TIME-WAIT.
+/// What was last sent on a connection that is being ended: enough to answer in TIME-WAIT.
 #[derive(Clone, Copy, Debug, Default)]
-struct Trace {
+pub(crate) struct Trace {
+    /// Something was sent since the end began.
+    known: bool,
     /// The sequence number behind all that was sent.
     next: u32,
     acknowledgement: u32,
     window: u16,
-}
-
-/// What a tuple leads to.
-enum Entry {
-    Connection(SocketId),
-    TimeWait { trace: Trace, expires: Moment },
 }
 
 /// All that TCP has besides the sockets themselves.
@@ -209,11 +200,9 @@ pub(crate) struct Tcp {
     loopback: Interface,
     /// For segments that no connection wants: smoltcp answers them with a reset.
     nobody: SocketSet<'static>,
-    tuples: HashMap<Tuple, Entry>,
-    /// Bound and listening sockets by port.
-    bound: HashMap<u16, Vec<SocketId>>,
-    /// Connections and TIME-WAIT records by local port.
-    uses: HashMap<u16, u32>,
+    tuples: Tuples,
+    /// Bound and listening sockets with their ports, sorted by these: seldom more than a few.
+    bound: Vec<(u16, SocketId)>,
     pending: Vec<SocketId>,
     /// Connections that had something to send when there was no room.
     blocked: Vec<SocketId>,
@@ -228,21 +217,17 @@ pub(crate) struct Tcp {
 
 impl Tcp {
     pub(crate) fn new(configuration: &Configuration, link: &mut Link) -> Tcp {
-        let capabilities = |mtu, checksums| {
+        let interface = |mtu, seed| {
             let mut capabilities = DeviceCapabilities::default();
             capabilities.medium = Medium::Ip;
             capabilities.max_transmission_unit = mtu;
-            if checksums == Checksums::Trusted {
-                capabilities.checksum = ChecksumCapabilities::ignored();
-            }
-            capabilities
-        };
-        let interface = |mtu, checksums, seed| {
+            // They are verified and filled in here, as those of the other protocols.
+            capabilities.checksum = ChecksumCapabilities::ignored();
             let mut config = Config::new(HardwareAddress::Ip);
             config.random_seed = seed;
             let mut interface = Interface::new(
                 config,
-                &mut Capabilities(capabilities(mtu, checksums)),
+                &mut Capabilities(capabilities),
                 Instant::from_micros(0),
             );
             // The link has checked the destination, also for a gateway that takes all.
@@ -250,11 +235,10 @@ impl Tcp {
             interface
         };
         Tcp {
-            loopback: interface(65535, Checksums::Trusted, link.random()),
+            loopback: interface(65535, link.random()),
             nobody: SocketSet::new(Vec::new()),
-            tuples: HashMap::new(),
-            bound: HashMap::new(),
-            uses: HashMap::new(),
+            tuples: Tuples::new(link.random()),
+            bound: Vec::new(),
             pending: Vec::new(),
             blocked: Vec::new(),
             timers: Timers::default(),
@@ -263,7 +247,7 @@ impl Tcp {
             buffered: 0,
             next_port: u16::try_from(link.random() % 28000).unwrap_or(0) + EPHEMERAL.start(),
             configuration: configuration.clone(),
-            link: interface(link.mtu, link.checksums, link.random()),
+            link: interface(link.mtu, link.random()),
         }
     }
 
@@ -281,30 +265,31 @@ impl Tcp {
         (share.max(1).next_power_of_two() / 2).clamp(minimum, maximum.clamp(minimum, 1 << 30))
     }
 
-    fn add_tuple(&mut self, tuple: Tuple, entry: Entry) {
-        if self.tuples.insert(tuple, entry).is_none() {
-            *self.uses.entry(tuple.local.port()).or_default() += 1;
-        }
+    /// The first place in `bound` with a port that is not below `port`.
+    fn bound_from(&self, port: u16) -> usize {
+        self.bound.partition_point(|(other, _)| *other < port)
     }
 
-    fn remove_tuple(&mut self, tuple: &Tuple) {
-        if self.tuples.remove(tuple).is_some()
-            && let Some(count) = self.uses.get_mut(&tuple.local.port())
-        {
-            *count -= 1;
-            if *count == 0 {
-                self.uses.remove(&tuple.local.port());
-            }
-        }
+    /// The sockets that are bound to a port.
+    fn bound_to(&self, port: u16) -> impl Iterator<Item = SocketId> {
+        let from = self.bound.get(self.bound_from(port)..).unwrap_or_default();
+        from.iter()
+            .take_while(move |(other, _)| *other == port)
+            .map(|(_, id)| *id)
     }
 
-    fn unbind(&mut self, port: u16, id: SocketId) {
-        if let Some(sockets) = self.bound.get_mut(&port) {
-            sockets.retain(|other| *other != id);
-            if sockets.is_empty() {
-                self.bound.remove(&port);
-            }
-        }
+    fn is_bound(&self, port: u16) -> bool {
+        self.bound_to(port).next().is_some()
+    }
+
+    /// Whether a connection or a TIME-WAIT record has the local port. It looks at them all: only sockets that are bound
+    /// without `SO_REUSEADDR` ask.
+    fn is_used(&self, port: u16) -> bool {
+        self.tuples.iter().any(|tuple| tuple.local.port() == port)
+    }
+
+    fn unbind(&mut self, id: SocketId) {
+        self.bound.retain(|(_, other)| *other != id);
     }
 
     pub(crate) fn next_deadline(&self) -> Option<Moment> {
@@ -312,10 +297,7 @@ impl Tcp {
             return Some(Moment::ZERO);
         }
         let time_wait = self.time_wait.front().map(|(expires, _)| *expires);
-        [self.timers.earliest(), time_wait]
-            .into_iter()
-            .flatten()
-            .min()
+        earlier(self.timers.earliest(), time_wait)
     }
 }
 
@@ -365,7 +347,8 @@ struct Port<'a> {
     packet: Option<&'a [u8]>,
     destination: IpAddr,
     own: bool,
-    trace: &'a mut Trace,
+    /// Where to note what is sent; None as long as the connection is not being ended.
+    trace: Option<&'a mut Trace>,
 }
 
 /// Leave to send one packet.
@@ -374,7 +357,8 @@ struct Sending<'a> {
     link: &'a mut Link,
     sink: &'a mut dyn FrameSink,
     destination: IpAddr,
-    trace: &'a mut Trace,
+    own: bool,
+    trace: Option<&'a mut Trace>,
 }
 
 impl TxToken for Sending<'_> {
@@ -384,11 +368,19 @@ impl TxToken for Sending<'_> {
             link,
             sink,
             destination,
+            own,
             trace,
         } = self;
+        let summed = !own && link.checksums == Checksums::Software;
         link.send(now, sink, destination, length, |packet| {
             let result = write(packet);
-            trace.note(packet, header_length(&destination));
+            let header = header_length(&destination);
+            if summed {
+                fill_tcp_checksums(packet, header);
+            }
+            if let Some(trace) = trace {
+                trace.note(packet, header);
+            }
             result
         })
     }
@@ -416,7 +408,8 @@ impl Trace {
             .wrapping_add(u32::try_from(length).unwrap_or(0))
             .wrapping_add(control);
         // A retransmission lies behind what was sent before.
-        if segment[13] & SYN != 0 || next.wrapping_sub(self.next) < 1 << 31 {
+        if !self.known || next.wrapping_sub(self.next) < 1 << 31 {
+            self.known = true;
             self.next = next;
         }
         self.acknowledgement = word(8);
@@ -458,15 +451,28 @@ impl Port<'_> {
             link: self.link,
             sink: self.sink,
             destination: self.destination,
-            trace: self.trace,
+            own: self.own,
+            trace: self.trace.as_deref_mut(),
         }
     }
 }
 
+/// Whether the owner has ended its direction, so that what is sent is worth noting.
+fn is_closing(state: TcpState) -> bool {
+    matches!(
+        state,
+        TcpState::FinWait1
+            | TcpState::FinWait2
+            | TcpState::Closing
+            | TcpState::LastAck
+            | TcpState::TimeWait
+    )
+}
+
 fn instant(now: Moment) -> Instant {
     // Rounded up: a timer that is due must be due for smoltcp too.
-    let micros = now.as_nanos().div_ceil(1000);
-    Instant::from_micros(i64::try_from(micros).unwrap_or(i64::MAX / 4))
+    let micros = now.as_secs() as i64 * 1_000_000 + i64::from(now.subsec_nanos().div_ceil(1000));
+    Instant::from_micros(micros)
 }
 
 fn moment(instant: Instant) -> Moment {
@@ -506,36 +512,32 @@ impl Stack {
         }
     }
 
+    /// Sets [`no_delay`](Self::tcp_set_no_delay), probing of an idle connection, and the time to live or hop limit
+    /// (`IP_TTL`, `IPV6_UNICAST_HOPS`; None or 0 for the default, 64).
+    ///
+    /// # Errors
+    /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
+    pub fn tcp_configure(
+        &mut self,
+        id: SocketId,
+        no_delay: bool,
+        keep_alive: Option<KeepAlive>,
+        hop_limit: Option<u8>,
+    ) -> Result<(), Error> {
+        let options = self.tcp_options(id)?;
+        options.no_delay = no_delay;
+        options.keep_alive = keep_alive;
+        options.hop_limit = hop_limit.filter(|limit| *limit != 0);
+        self.tcp_apply_options(id);
+        Ok(())
+    }
+
     /// Sends small segments at once (`TCP_NODELAY`), or collects them until the last one is acknowledged (the default).
     ///
     /// # Errors
     /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
     pub fn tcp_set_no_delay(&mut self, id: SocketId, no_delay: bool) -> Result<(), Error> {
         self.tcp_options(id)?.no_delay = no_delay;
-        self.tcp_apply_options(id);
-        Ok(())
-    }
-
-    /// Sets or stops probing of an idle connection.
-    ///
-    /// # Errors
-    /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
-    pub fn tcp_set_keep_alive(
-        &mut self,
-        id: SocketId,
-        keep_alive: Option<KeepAlive>,
-    ) -> Result<(), Error> {
-        self.tcp_options(id)?.keep_alive = keep_alive;
-        self.tcp_apply_options(id);
-        Ok(())
-    }
-
-    /// Sets the time to live or hop limit (`IP_TTL`, `IPV6_UNICAST_HOPS`); None or 0 for the default, 64.
-    ///
-    /// # Errors
-    /// `NoSuchSocket`; `Invalid` for a socket that is not TCP.
-    pub fn tcp_set_hop_limit(&mut self, id: SocketId, hop_limit: Option<u8>) -> Result<(), Error> {
-        self.tcp_options(id)?.hop_limit = hop_limit.filter(|limit| *limit != 0);
         self.tcp_apply_options(id);
         Ok(())
     }
@@ -589,14 +591,13 @@ impl Stack {
         }
         let mut address = address;
         if address.port() == 0 {
-            let port = self.tcp_free_port(|tcp, port| {
-                !tcp.bound.contains_key(&port) && !tcp.uses.contains_key(&port)
-            });
+            let port = self.tcp_free_port(|tcp, port| !tcp.is_bound(port) && !tcp.is_used(port));
             address.set_port(port.ok_or(Error::AddressInUse)?);
         } else {
             self.tcp_check_bind(id, address, options)?;
         }
-        self.tcp.bound.entry(address.port()).or_default().push(id);
+        let place = self.tcp.bound_from(address.port());
+        self.tcp.bound.insert(place, (address.port(), id));
         if let Some(Socket::TcpIdle(idle)) = self.sockets.get_mut(id) {
             idle.bound = Some(address);
         }
@@ -611,8 +612,8 @@ impl Stack {
         address: SocketAddr,
         options: Options,
     ) -> Result<(), Error> {
-        for other in self.tcp.bound.get(&address.port()).into_iter().flatten() {
-            let (bound, other_options, listens) = match self.sockets.get(*other) {
+        for other in self.tcp.bound_to(address.port()) {
+            let (bound, other_options, listens) = match self.sockets.get(other) {
                 Some(Socket::TcpIdle(Idle {
                     bound: Some(bound),
                     options,
@@ -620,14 +621,14 @@ impl Stack {
                 Some(Socket::TcpListener(listener)) => (listener.bound, listener.options, true),
                 _ => continue,
             };
-            if *other != id
+            if other != id
                 && overlap(address, options.only_v6, bound, other_options.only_v6)
                 && (listens || !options.reuse_address || !other_options.reuse_address)
             {
                 return Err(Error::AddressInUse);
             }
         }
-        if !options.reuse_address && self.tcp.uses.contains_key(&address.port()) {
+        if !options.reuse_address && self.tcp.is_used(address.port()) {
             return Err(Error::AddressInUse);
         }
         Ok(())
@@ -673,16 +674,10 @@ impl Stack {
             return Err(Error::Invalid);
         };
         let (bound, options) = (*bound, *options);
-        let taken = self
-            .tcp
-            .bound
-            .get(&bound.port())
-            .into_iter()
-            .flatten()
-            .any(|other| {
-                matches!(self.sockets.get(*other), Some(Socket::TcpListener(listener))
+        let taken = self.tcp.bound_to(bound.port()).any(|other| {
+            matches!(self.sockets.get(other), Some(Socket::TcpListener(listener))
                 if overlap(bound, options.only_v6, listener.bound, listener.options.only_v6))
-            });
+        });
         if taken {
             return Err(Error::AddressInUse);
         }
@@ -752,11 +747,11 @@ impl Stack {
                     local: SocketAddr::new(source, port),
                     remote,
                 };
-                let unused = |tcp: &Tcp, port| !tcp.bound.contains_key(&port);
+                let unused = |tcp: &Tcp, port| !tcp.is_bound(port);
                 // A port whose last connection to the same place is only remembered may be used again when no other
                 // is left (`tcp_tw_reuse`).
                 self.tcp_free_port(|tcp, port| {
-                    unused(tcp, port) && !tcp.tuples.contains_key(&tuple(port))
+                    unused(tcp, port) && tcp.tuples.get(&tuple(port)).is_none()
                 })
                 .or_else(|| {
                     self.tcp_free_port(|tcp, port| {
@@ -789,11 +784,10 @@ impl Stack {
             return Err(Error::NetworkUnreachable);
         }
         connection.state = TcpState::SynSent;
-        if let Some(bound) = bound {
-            self.tcp.unbind(bound.port(), id);
+        if bound.is_some() {
+            self.tcp.unbind(id);
         }
-        self.tcp.remove_tuple(&tuple);
-        self.tcp.add_tuple(tuple, Entry::Connection(id));
+        self.tcp.tuples.insert(tuple, Entry::Connection(id));
         if let Some(socket) = self.sockets.get_mut(id) {
             *socket = Socket::TcpConnection(connection);
         }
@@ -818,6 +812,17 @@ impl Stack {
     pub fn tcp_remote_address(&self, id: SocketId) -> Option<SocketAddr> {
         match self.sockets.get(id)? {
             Socket::TcpConnection(connection) => Some(connection.tuple.remote),
+            _ => None,
+        }
+    }
+
+    /// Both addresses of a connection: its own and the other end's.
+    #[must_use]
+    pub fn tcp_addresses(&self, id: SocketId) -> Option<(SocketAddr, SocketAddr)> {
+        match self.sockets.get(id)? {
+            Socket::TcpConnection(connection) => {
+                Some((connection.tuple.local, connection.tuple.remote))
+            }
             _ => None,
         }
     }
@@ -867,38 +872,25 @@ impl Stack {
     /// `WouldBlock` when the buffer is full or the connection is not established yet; `BrokenPipe` after a shutdown or
     /// the connection's end; the pending error, which it takes.
     pub fn tcp_send(&mut self, id: SocketId, data: &[u8]) -> Result<usize, Error> {
-        let mut sent = 0;
-        // Twice: the buffer is a ring.
-        for _ in 0..2 {
-            let rest = data.get(sent..).unwrap_or_default();
-            let result = self.tcp_send_with(id, |space| {
-                let count = space.len().min(rest.len());
-                if let (Some(space), Some(rest)) = (space.get_mut(..count), rest.get(..count)) {
-                    space.copy_from_slice(rest);
-                }
-                count
-            });
-            match result {
-                Ok(count) => sent += count,
-                Err(_) if sent > 0 => break,
-                Err(error) => return Err(error),
-            }
-            if sent == data.len() {
-                break;
-            }
-        }
-        Ok(sent)
+        let mut rest = data;
+        self.tcp_send_with(id, &mut |space| {
+            let count = space.len().min(rest.len());
+            let (now, later) = rest.split_at(count);
+            space[..count].copy_from_slice(now);
+            rest = later;
+            count
+        })
     }
 
-    /// Lets `write` put bytes straight into the free part of the send buffer (the first part, where it wraps around)
-    /// and say how many. It is not called when there is no room.
+    /// Lets `write` put bytes straight into the free part of the send buffer and say how many; a second time where the
+    /// buffer wraps around and the first part is full. It is not called when there is no room.
     ///
     /// # Errors
     /// As [`tcp_send`](Self::tcp_send).
     pub fn tcp_send_with(
         &mut self,
         id: SocketId,
-        write: impl FnOnce(&mut [u8]) -> usize,
+        write: &mut dyn FnMut(&mut [u8]) -> usize,
     ) -> Result<usize, Error> {
         let connection = self.tcp_connection(id)?;
         let connected = connection.connected;
@@ -918,19 +910,26 @@ impl Stack {
             connection.ready.remove(Readiness::WRITABLE);
             return Err(Error::WouldBlock);
         }
-        let count = socket
-            .send(|space| {
-                let count = write(space).min(space.len());
-                (count, count)
-            })
-            .map_err(|_| Error::BrokenPipe)?;
+        let mut sent = 0;
+        for _ in 0..2 {
+            let (count, more) = socket
+                .send(|space| {
+                    let count = write(space).min(space.len());
+                    (count, (count, count == space.len()))
+                })
+                .map_err(|_| Error::BrokenPipe)?;
+            sent += count;
+            if !more || !socket.can_send() {
+                break;
+            }
+        }
         if !has_send_space(socket) {
             connection.ready.remove(Readiness::WRITABLE);
         }
-        if count > 0 {
+        if sent > 0 {
             self.tcp_mark(id);
         }
-        Ok(count)
+        Ok(sent)
     }
 
     /// Takes received bytes and returns how many; 0 when the other end has sent all it will.
@@ -938,29 +937,14 @@ impl Stack {
     /// # Errors
     /// `WouldBlock` when nothing is there; `NotConnected`; the pending error, which it takes.
     pub fn tcp_receive(&mut self, id: SocketId, data: &mut [u8]) -> Result<usize, Error> {
-        let mut received = 0;
-        // Twice: the buffer is a ring.
-        for _ in 0..2 {
-            let rest = data.get_mut(received..).unwrap_or_default();
-            let result = self.tcp_receive_with(id, |bytes| {
-                let count = bytes.len().min(rest.len());
-                if let (Some(rest), Some(bytes)) = (rest.get_mut(..count), bytes.get(..count)) {
-                    rest.copy_from_slice(bytes);
-                }
-                count
-            });
-            match result {
-                Ok(0) => break,
-                Ok(count) => received += count,
-                Err(_) if received > 0 => break,
-                Err(error) => return Err(error),
-            }
-            // What comes behind the data (an error, the end) is for the next call.
-            if received == data.len() || self.tcp_queues(id).0 == 0 {
-                break;
-            }
-        }
-        Ok(received)
+        let mut done = 0;
+        self.tcp_receive_with(id, &mut |bytes| {
+            let rest = data.get_mut(done..).unwrap_or_default();
+            let count = bytes.len().min(rest.len());
+            rest[..count].copy_from_slice(&bytes[..count]);
+            done += count;
+            count
+        })
     }
 
     /// Shows received bytes without taking them; otherwise as [`tcp_receive`](Self::tcp_receive) (`MSG_PEEK`).
@@ -968,7 +952,7 @@ impl Stack {
     /// # Errors
     /// As [`tcp_receive`](Self::tcp_receive).
     pub fn tcp_peek(&mut self, id: SocketId, data: &mut [u8]) -> Result<usize, Error> {
-        if self.tcp_receive_with(id, |_| 0)? == 0 && self.tcp_queues(id).0 == 0 {
+        if self.tcp_receive_with(id, &mut |_| 0)? == 0 && self.tcp_queues(id).0 == 0 {
             return Ok(0);
         }
         let connection = self.tcp_connection(id)?;
@@ -979,15 +963,15 @@ impl Stack {
             .map_err(|_| Error::NotConnected)
     }
 
-    /// Lets `read` have the received bytes in place (the first part, where the buffer wraps around) and say how many
-    /// it took. It is not called when there are none: 0 without a call is the end of the stream.
+    /// Lets `read` have the received bytes in place and say how many it took; a second time where the buffer wraps around
+    /// and it took all of the first part. It is not called when there are none: 0 without a call is the end of the stream.
     ///
     /// # Errors
     /// As [`tcp_receive`](Self::tcp_receive).
     pub fn tcp_receive_with(
         &mut self,
         id: SocketId,
-        read: impl FnOnce(&[u8]) -> usize,
+        read: &mut dyn FnMut(&[u8]) -> usize,
     ) -> Result<usize, Error> {
         let connection = self.tcp_connection(id)?;
         if !connection.connected && !connection.finished {
@@ -1003,23 +987,32 @@ impl Stack {
             return if ended { Ok(0) } else { Err(Error::WouldBlock) };
         }
         let socket = connection.socket();
-        let count = socket
-            .recv(|bytes| {
-                let count = read(bytes).min(bytes.len());
-                (count, count)
-            })
-            .unwrap_or(0);
-        let left = socket.recv_queue();
+        let mut received = 0;
+        let mut left = 0;
+        // What comes behind the data (an error, the end) is for the next call.
+        for _ in 0..2 {
+            let (count, more) = socket
+                .recv(|bytes| {
+                    let count = read(bytes).min(bytes.len());
+                    (count, (count, count == bytes.len()))
+                })
+                .unwrap_or((0, false));
+            received += count;
+            left = socket.recv_queue();
+            if !more || left == 0 {
+                break;
+            }
+        }
         connection.told = left;
         if left == 0 {
             connection.ready.remove(Readiness::READABLE);
         }
         // A window that grew by a quarter is worth telling of; the other end waits for no less.
-        connection.taken += count;
+        connection.taken += received;
         if connection.taken >= connection.buffer / 4 && !connection.finished {
             self.tcp_mark(id);
         }
-        Ok(count)
+        Ok(received)
     }
 
     /// Shuts down one or both directions (`shutdown(2)`): what was sent before still arrives.
@@ -1101,14 +1094,14 @@ impl Stack {
     pub(crate) fn tcp_close(&mut self, id: SocketId) {
         match self.sockets.get_mut(id) {
             Some(Socket::TcpIdle(idle)) => {
-                if let Some(bound) = idle.bound {
-                    self.tcp.unbind(bound.port(), id);
+                if idle.bound.is_some() {
+                    self.tcp.unbind(id);
                 }
                 self.sockets.remove(id);
             }
             Some(Socket::TcpListener(listener)) => {
-                let (port, queue) = (listener.bound.port(), core::mem::take(&mut listener.queue));
-                self.tcp.unbind(port, id);
+                let queue = core::mem::take(&mut listener.queue);
+                self.tcp.unbind(id);
                 self.sockets.remove(id);
                 for connection in queue {
                     let _ = self.tcp_abort(connection);
@@ -1155,9 +1148,12 @@ impl Stack {
     fn tcp_new_connection(&mut self, tuple: Tuple, options: Options, own: bool) -> Box<Connection> {
         let buffer = self.tcp.buffer_size();
         self.tcp.buffered += 2 * buffer;
-        let space = || tcp::SocketBuffer::new(alloc::vec![0; buffer]);
         let mut set = SocketSet::new(alloc::vec![SocketStorage::EMPTY]);
-        let mut socket = tcp::Socket::new(space(), space());
+        let [receive, send] = [buffer; 2].map(|size| alloc::vec![0; size]);
+        let mut socket = tcp::Socket::new(
+            tcp::SocketBuffer::new(receive),
+            tcp::SocketBuffer::new(send),
+        );
         // smoltcp waits as long as less than a segment has come, although that may be all the window there is.
         socket.set_ack_delay(None);
         let handle = set.add(socket);
@@ -1213,6 +1209,12 @@ impl Stack {
         if self.link.is_group(packet.destination) || packet.source.is_unspecified() {
             return;
         }
+        if !own
+            && self.link.checksums == Checksums::Software
+            && !packet.header().verify(packet.payload)
+        {
+            return;
+        }
         let tuple = Tuple {
             local: SocketAddr::new(packet.destination, local_port),
             remote: SocketAddr::new(packet.source, remote_port),
@@ -1228,7 +1230,7 @@ impl Stack {
             }
             // A new connection may take the place of one that is only remembered (RFC 1122 section 4.2.2.13): nothing
             // old can still be under way on a link that keeps the order.
-            Some(Entry::TimeWait { .. }) if asks => self.tcp.remove_tuple(&tuple),
+            Some(Entry::TimeWait { .. }) if asks => self.tcp.tuples.remove(&tuple),
             Some(Entry::TimeWait { trace, .. }) => {
                 let data = usize::from(packet.payload.get(12).copied().unwrap_or(0) >> 4) * 4
                     < packet.payload.len();
@@ -1269,25 +1271,26 @@ impl Stack {
         ) && socket.send_queue() == 0
             && header[13] & (SYN | RST | FIN) == 0
             && usize::from(header[12] >> 4) * 4 == packet.payload.len()
+            && connection.trace.known
             && header[8..12] != connection.trace.next.to_be_bytes()
     }
 
     /// The listener for an address: one bound to it before one bound to all.
     fn tcp_find_listener(&self, local: SocketAddr) -> Option<SocketId> {
         let mut found = None;
-        for id in self.tcp.bound.get(&local.port())? {
-            let Some(Socket::TcpListener(listener)) = self.sockets.get(*id) else {
+        for id in self.tcp.bound_to(local.port()) {
+            let Some(Socket::TcpListener(listener)) = self.sockets.get(id) else {
                 continue;
             };
             if listener.bound.ip() == local.ip() {
-                return Some(*id);
+                return Some(id);
             }
             if overlap(local, true, listener.bound, listener.options.only_v6)
                 && listener.bound.ip().is_unspecified()
             {
                 // One of the same family is closer than one that takes both.
                 if found.is_none() || listener.bound.is_ipv4() == local.is_ipv4() {
-                    found = Some(*id);
+                    found = Some(id);
                 }
             }
         }
@@ -1385,7 +1388,7 @@ impl Stack {
             }
             connection.state = TcpState::SynReceived;
         }
-        self.tcp.add_tuple(tuple, Entry::Connection(id));
+        self.tcp.tuples.insert(tuple, Entry::Connection(id));
         Some(id)
     }
 
@@ -1402,12 +1405,7 @@ impl Stack {
         // smoltcp takes plain headers only.
         let rebuilt;
         let whole = if packet.extended || packet.fragment.is_some() {
-            let header = IpHeader {
-                source: packet.source,
-                destination: packet.destination,
-                protocol: TCP,
-                hop_limit: packet.hop_limit,
-            };
+            let header = packet.header();
             let mut bytes = alloc::vec![0; header.length()];
             header.write(&mut bytes, packet.payload.len());
             bytes.extend_from_slice(packet.payload);
@@ -1416,16 +1414,18 @@ impl Stack {
         } else {
             packet.whole
         };
-        let mut nothing = Trace::default();
         let mut connection = match id.and_then(|id| self.sockets.get_mut(id)) {
             Some(Socket::TcpConnection(connection)) => Some(connection),
             _ => None,
         };
-        let trace = match &mut connection {
-            Some(connection) => &mut connection.trace,
-            None => &mut nothing,
+        let (set, trace) = match &mut connection {
+            Some(connection) => {
+                let closing = is_closing(connection.socket_ref().state());
+                let trace = Some(&mut connection.trace).filter(|_| closing);
+                (&mut connection.set, trace)
+            }
+            None => (&mut self.tcp.nobody, None),
         };
-        let mut local_trace = *trace;
         let mut port = Port {
             now,
             link: &mut self.link,
@@ -1433,20 +1433,15 @@ impl Stack {
             packet: Some(whole),
             destination: tuple.remote.ip(),
             own,
-            trace: &mut local_trace,
+            trace,
         };
         let interface = if own {
             &mut self.tcp.loopback
         } else {
             &mut self.tcp.link
         };
-        let set = match &mut connection {
-            Some(connection) => &mut connection.set,
-            None => &mut self.tcp.nobody,
-        };
         interface.poll_ingress_single(instant(now), &mut port, set);
         if let Some(connection) = connection {
-            connection.trace = local_trace;
             connection.fresh = true;
             let header = packet
                 .payload
@@ -1510,7 +1505,7 @@ impl Stack {
             self.tcp.time_wait.pop_front();
             if matches!(self.tcp.tuples.get(&tuple), Some(Entry::TimeWait { expires: own, .. }) if *own == expires)
             {
-                self.tcp.remove_tuple(&tuple);
+                self.tcp.tuples.remove(&tuple);
             }
         }
         while let Some((deadline, id)) = self.tcp.timers.pop_due(now) {
@@ -1568,6 +1563,7 @@ impl Stack {
             connection.aborted = true;
             connection.socket().abort();
         }
+        let state = connection.socket().state();
         let timeout = connection.wanted_timeout();
         if timeout != connection.timeout {
             connection.timeout = timeout;
@@ -1588,7 +1584,7 @@ impl Stack {
             packet: None,
             destination: connection.tuple.remote.ip(),
             own: connection.own,
-            trace: &mut connection.trace,
+            trace: Some(&mut connection.trace).filter(|_| is_closing(state)),
         };
         while !idle
             && !holds
@@ -1668,7 +1664,8 @@ impl Stack {
             self.tcp_forget(id, &tuple);
             let expires = now + self.tcp.configuration.time_wait;
             self.tcp
-                .add_tuple(tuple, Entry::TimeWait { trace, expires });
+                .tuples
+                .insert(tuple, Entry::TimeWait { trace, expires });
             self.tcp.time_wait.push_back((expires, tuple));
             return;
         }
@@ -1677,7 +1674,7 @@ impl Stack {
                 self.tcp_forget(id, &tuple);
                 return;
             }
-            self.tcp.remove_tuple(&tuple);
+            self.tcp.tuples.remove(&tuple);
         }
         let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else {
             return;
@@ -1711,7 +1708,7 @@ impl Stack {
 
     /// Drops a connection that nobody has a name for any more.
     fn tcp_forget(&mut self, id: SocketId, tuple: &Tuple) {
-        self.tcp.remove_tuple(tuple);
+        self.tcp.tuples.remove(tuple);
         if let Some(Socket::TcpConnection(connection)) = self.sockets.remove(id) {
             self.tcp.buffered -= 2 * connection.buffer;
         }
@@ -1746,7 +1743,7 @@ impl Stack {
         }
         connection.ready = connection.readiness();
         tell(&mut self.events, &mut connection.event_queued, id);
-        self.tcp.remove_tuple(&tuple);
+        self.tcp.tuples.remove(&tuple);
     }
 
     pub(crate) fn tcp_readiness(&self, id: SocketId) -> Readiness {

@@ -676,7 +676,7 @@ fn keep_alive_finds_a_dead_peer() {
         count: 3,
     };
     pair.stacks[0]
-        .tcp_set_keep_alive(client, Some(keep))
+        .tcp_configure(client, false, Some(keep), None)
         .unwrap();
     pair.run(Duration::from_secs(600), |_| false);
     assert!(

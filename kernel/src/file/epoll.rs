@@ -19,7 +19,6 @@ use core::{
 };
 
 use bitflags::bitflags;
-use hashbrown::HashMap;
 use linux_raw_sys::general as linux;
 
 use super::{File, OpenFile, Readiness, WatchList, Watcher, anonymous_metadata, watch::WatchKey};
@@ -117,9 +116,23 @@ struct ItemWatcher(Weak<Item>);
 type Slot = Vec<Arc<Item>>;
 
 struct Shared {
-    items: Mutex<HashMap<i32, Slot>>,
+    /// By descriptor number, which is small as in the table of descriptors.
+    items: Mutex<Vec<Slot>>,
     ready: Mutex<VecDeque<Arc<Item>>>,
     watchers: WatchList,
+}
+
+impl Shared {
+    fn put(&self, descriptor: i32, item: Arc<Item>) {
+        let index = descriptor as usize;
+        let mut items = self.items.lock();
+        if index >= items.len() {
+            items.resize_with(index + 1, Slot::new);
+        }
+        if let Some(slot) = items.get_mut(index) {
+            slot.push(item);
+        }
+    }
 }
 
 /// An epoll instance.
@@ -142,7 +155,7 @@ impl Epoll {
     pub fn new() -> Arc<Epoll> {
         Arc::new(Epoll {
             shared: Arc::new(Shared {
-                items: Mutex::new(HashMap::new()),
+                items: Mutex::new(Vec::new()),
                 ready: Mutex::new(VecDeque::new()),
                 watchers: WatchList::new(),
             }),
@@ -151,7 +164,7 @@ impl Epoll {
 
     fn find(&self, descriptor: i32, file: &Arc<OpenFile>) -> Option<Arc<Item>> {
         let mut items = self.shared.items.lock();
-        let slot = items.get_mut(&descriptor)?;
+        let slot = items.get_mut(descriptor as usize)?;
         // Items of files that are closed are only cleared away here.
         slot.retain(|item| item.file.strong_count() > 0);
         slot.iter()
@@ -191,12 +204,7 @@ impl Epoll {
             queued: AtomicBool::new(false),
             key: Mutex::new(None),
         });
-        self.shared
-            .items
-            .lock()
-            .entry(descriptor)
-            .or_default()
-            .push(Arc::clone(&item));
+        self.shared.put(descriptor, Arc::clone(&item));
         // The list hears of everything: what the item is for may change.
         let key = list.add(
             Readiness::all(),
@@ -238,11 +246,8 @@ impl Epoll {
         let item = self.find(descriptor, file).ok_or(Errno::ENOENT)?;
         {
             let mut items = self.shared.items.lock();
-            if let Some(slot) = items.get_mut(&descriptor) {
+            if let Some(slot) = items.get_mut(descriptor as usize) {
                 slot.retain(|other| !Arc::ptr_eq(other, &item));
-                if slot.is_empty() {
-                    items.remove(&descriptor);
-                }
             }
         }
         item.unwatch();
@@ -274,7 +279,7 @@ impl Epoll {
         let files: Vec<Arc<OpenFile>> = {
             let items = self.shared.items.lock();
             items
-                .values()
+                .iter()
                 .flatten()
                 .filter_map(|item| item.file.upgrade())
                 .collect()
@@ -357,7 +362,7 @@ impl File for Epoll {
 impl Drop for Epoll {
     fn drop(&mut self) {
         let items = core::mem::take(&mut *self.shared.items.lock());
-        for item in items.into_values().flatten() {
+        for item in items.into_iter().flatten() {
             item.unwatch();
         }
     }
@@ -487,7 +492,7 @@ mod tests {
         let file = open(EventCounter::new(1, false));
         epoll.add(3, &file, event(linux::EPOLLIN, 2)).unwrap();
         assert_eq!(collect(&epoll), [(linux::EPOLLIN, 2)]);
-        assert_eq!(epoll.shared.items.lock().get(&3).unwrap().len(), 1);
+        assert_eq!(epoll.shared.items.lock()[3].len(), 1);
     }
 
     #[test]

@@ -56,20 +56,19 @@ pub struct Encoded {
 }
 
 impl Encoded {
-    fn new() -> Encoded {
-        Encoded {
+    /// The parts, one after the other.
+    fn of(parts: &[&[u8]]) -> Encoded {
+        let mut encoded = Encoded {
             bytes: [0; MAX_LENGTH],
             length: 0,
-        }
-    }
-
-    fn push(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            if let Some(slot) = self.bytes.get_mut(self.length) {
-                *slot = byte;
-                self.length += 1;
+        };
+        for byte in parts.iter().copied().flatten() {
+            if let Some(slot) = encoded.bytes.get_mut(encoded.length) {
+                *slot = *byte;
+                encoded.length += 1;
             }
         }
+        encoded
     }
 
     /// The bytes.
@@ -143,48 +142,42 @@ impl Address {
     /// The form in which a socket of `family` tells it: an `AF_INET6` socket gives IPv4 addresses as IPv4-mapped ones.
     #[must_use]
     pub fn encode(&self, family: u16) -> Encoded {
-        let mut encoded = Encoded::new();
         match self {
-            Address::Unspecified => encoded.push(&AF_UNSPEC.to_ne_bytes()),
-            Address::Inet(SocketAddr::V4(address)) if family != AF_INET6 => {
-                encoded.push(&AF_INET.to_ne_bytes());
-                encoded.push(&address.port().to_be_bytes());
-                encoded.push(&address.ip().octets());
-                encoded.push(&[0; 8]);
-            }
+            Address::Unspecified => Encoded::of(&[&AF_UNSPEC.to_ne_bytes()]),
+            Address::Inet(SocketAddr::V4(address)) if family != AF_INET6 => Encoded::of(&[
+                &AF_INET.to_ne_bytes(),
+                &address.port().to_be_bytes(),
+                &address.ip().octets(),
+                &[0; 8],
+            ]),
             Address::Inet(address) => {
                 let (ip, scope) = match address {
                     SocketAddr::V4(address) => (as_v6(*address.ip()), 0),
                     SocketAddr::V6(address) => (*address.ip(), address.scope_id()),
                 };
-                encoded.push(&AF_INET6.to_ne_bytes());
-                encoded.push(&address.port().to_be_bytes());
-                encoded.push(&[0; 4]);
-                encoded.push(&ip.octets());
-                encoded.push(&scope.to_ne_bytes());
+                Encoded::of(&[
+                    &AF_INET6.to_ne_bytes(),
+                    &address.port().to_be_bytes(),
+                    &[0; 4],
+                    &ip.octets(),
+                    &scope.to_ne_bytes(),
+                ])
             }
             Address::Unix(name) => {
-                encoded.push(&AF_UNIX.to_ne_bytes());
+                let family = &AF_UNIX.to_ne_bytes();
                 match name {
-                    UnixName::Unnamed => {}
-                    UnixName::Path(path) => {
-                        encoded.push(path);
-                        encoded.push(&[0]);
-                    }
-                    UnixName::Abstract(name) => {
-                        encoded.push(&[0]);
-                        encoded.push(name);
-                    }
+                    UnixName::Unnamed => Encoded::of(&[family]),
+                    UnixName::Path(path) => Encoded::of(&[family, path, &[0]]),
+                    UnixName::Abstract(name) => Encoded::of(&[family, &[0], name]),
                 }
             }
-            Address::Netlink(port, groups) => {
-                encoded.push(&AF_NETLINK.to_ne_bytes());
-                encoded.push(&[0; 2]);
-                encoded.push(&port.to_ne_bytes());
-                encoded.push(&groups.to_ne_bytes());
-            }
+            Address::Netlink(port, groups) => Encoded::of(&[
+                &AF_NETLINK.to_ne_bytes(),
+                &[0; 2],
+                &port.to_ne_bytes(),
+                &groups.to_ne_bytes(),
+            ]),
         }
-        encoded
     }
 }
 

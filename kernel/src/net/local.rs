@@ -64,36 +64,55 @@ impl Scope {
 #[derive(Clone, Copy, Debug)]
 struct Binding {
     key: u64,
+    port: u16,
     scope: Scope,
     reuse_address: bool,
     reuse_port: bool,
     listening: bool,
 }
 
+/// Number of lists that the bindings of a protocol are spread over.
+const LISTS: usize = 256;
+
 /// Bindings of one protocol.
 #[derive(Default)]
 struct Ports {
-    by_port: HashMap<u16, Vec<Binding>>,
+    /// By the port's remainder; none before the first binding.
+    lists: Vec<Vec<Binding>>,
     next_key: u64,
     next_ephemeral: u16,
     datagrams: bool,
 }
 
 impl Ports {
-    fn conflicts(&self, port: u16, new: &Binding) -> bool {
-        self.by_port.get(&port).is_some_and(|bindings| {
-            bindings.iter().any(|old| {
-                let by_address = new.reuse_address
-                    && old.reuse_address
-                    && (self.datagrams || !old.listening && !new.listening);
-                let by_port = new.reuse_port && old.reuse_port;
-                old.key != new.key && old.scope.overlaps(new.scope) && !by_address && !by_port
-            })
-        })
+    /// The list that bindings of a port are in, with those of some others.
+    fn list(&mut self, port: u16) -> &mut Vec<Binding> {
+        if self.lists.is_empty() {
+            self.lists.resize_with(LISTS, Vec::new);
+        }
+        &mut self.lists[usize::from(port) % LISTS]
     }
 
-    fn add(&mut self, port: u16, binding: Binding) {
-        self.by_port.entry(port).or_default().push(binding);
+    fn is_bound(&mut self, port: u16) -> bool {
+        self.list(port).iter().any(|old| old.port == port)
+    }
+
+    fn conflicts(&mut self, new: &Binding) -> bool {
+        let datagrams = self.datagrams;
+        self.list(new.port).iter().any(|old| {
+            let by_address = new.reuse_address
+                && old.reuse_address
+                && (datagrams || !old.listening && !new.listening);
+            let by_port = new.reuse_port && old.reuse_port;
+            old.overlaps(new) && !by_address && !by_port
+        })
+    }
+}
+
+impl Binding {
+    /// Whether another binding covers an address and port in common.
+    fn overlaps(&self, other: &Binding) -> bool {
+        self.port == other.port && self.key != other.key && self.scope.overlaps(other.scope)
     }
 }
 
@@ -130,31 +149,18 @@ impl PortLease {
             return Ok(());
         };
         let mut ports = tables.ports(self.transport).lock();
-        let Some(bindings) = ports.by_port.get(&self.port) else {
+        let bindings = ports.list(self.port);
+        let Some(place) = bindings.iter().position(|binding| binding.key == self.key) else {
             return Ok(());
         };
-        let Some(mut own) = bindings
+        let own = bindings[place];
+        let conflict = bindings
             .iter()
-            .find(|binding| binding.key == self.key)
-            .copied()
-        else {
-            return Ok(());
-        };
-        own.listening = true;
-        let conflict = bindings.iter().any(|old| {
-            old.key != own.key
-                && old.listening
-                && old.scope.overlaps(own.scope)
-                && !(old.reuse_port && own.reuse_port)
-        });
+            .any(|old| old.listening && old.overlaps(&own) && !(old.reuse_port && own.reuse_port));
         if conflict {
             return Err(Errno::EADDRINUSE);
         }
-        if let Some(bindings) = ports.by_port.get_mut(&self.port)
-            && let Some(binding) = bindings.iter_mut().find(|binding| binding.key == own.key)
-        {
-            *binding = own;
-        }
+        bindings[place].listening = true;
         Ok(())
     }
 }
@@ -165,12 +171,9 @@ impl Drop for PortLease {
             return;
         };
         let mut ports = tables.ports(self.transport).lock();
-        if let Some(bindings) = ports.by_port.get_mut(&self.port) {
-            bindings.retain(|binding| binding.key != self.key);
-            if bindings.is_empty() {
-                ports.by_port.remove(&self.port);
-            }
-        }
+        ports
+            .list(self.port)
+            .retain(|binding| binding.key != self.key);
     }
 }
 
@@ -315,7 +318,8 @@ impl Listener {
 pub struct Tables {
     tcp: Mutex<Ports>,
     udp: Mutex<Ports>,
-    listeners: Mutex<HashMap<u16, Vec<Arc<Listener>>>>,
+    /// Sorted by port.
+    listeners: Mutex<Vec<Arc<Listener>>>,
     datagrams: Mutex<HashMap<u16, Vec<Weak<UdpSocket>>>>,
     /// Spreads connections over listeners that share a port.
     turn: Mutex<usize>,
@@ -356,64 +360,56 @@ impl Tables {
         let mut ports = self.ports(transport).lock();
         let key = ports.next_key;
         ports.next_key += 1;
-        let binding = Binding {
+        let mut binding = Binding {
             key,
+            port,
             scope,
             reuse_address: options.reuse_address,
             reuse_port: options.reuse_port,
             listening: false,
         };
-        let mut chosen = port;
         if port == 0 {
             // A port that nobody has at all, so that it clashes with nothing later.
             let start = ports.next_ephemeral % EPHEMERAL_COUNT;
-            chosen = (0..EPHEMERAL_COUNT)
+            binding.port = (0..EPHEMERAL_COUNT)
                 .map(|step| EPHEMERAL_FIRST + (start + step) % EPHEMERAL_COUNT)
-                .find(|port| !ports.by_port.contains_key(port))
+                .find(|port| !ports.is_bound(*port))
                 .ok_or(Errno::EADDRINUSE)?;
             // Odd steps visit all ports, and neighbouring connections do not get neighbouring ports.
-            ports.next_ephemeral = (chosen - EPHEMERAL_FIRST).wrapping_add(1);
-        } else if ports.conflicts(port, &binding) {
+            ports.next_ephemeral = (binding.port - EPHEMERAL_FIRST).wrapping_add(1);
+        } else if ports.conflicts(&binding) {
             return Err(Errno::EADDRINUSE);
         }
-        ports.add(chosen, binding);
+        ports.list(binding.port).push(binding);
         Ok(PortLease {
             tables: Arc::downgrade(self),
             transport,
-            port: chosen,
+            port: binding.port,
             key,
         })
     }
 
     /// Makes a listener known.
     pub fn add_listener(&self, listener: &Arc<Listener>) {
-        self.listeners
-            .lock()
-            .entry(listener.port)
-            .or_default()
-            .push(Arc::clone(listener));
+        let mut listeners = self.listeners.lock();
+        let place = listeners.partition_point(|other| other.port <= listener.port);
+        listeners.insert(place, Arc::clone(listener));
     }
 
     /// Forgets a listener. The result says whether others listen on the same address and port.
     pub fn remove_listener(&self, listener: &Arc<Listener>) -> bool {
         let mut listeners = self.listeners.lock();
-        let Some(list) = listeners.get_mut(&listener.port) else {
-            return false;
-        };
-        list.retain(|other| !Arc::ptr_eq(other, listener));
-        let others = list.iter().any(|other| other.scope == listener.scope);
-        if list.is_empty() {
-            listeners.remove(&listener.port);
-        }
-        others
+        listeners.retain(|other| !Arc::ptr_eq(other, listener));
+        let mut others = of_port(&listeners, listener.port).iter();
+        others.any(|other| other.scope == listener.scope)
     }
 
     /// The listener for a connection to an address: the one with the closest scope; among equals they take turns.
     #[must_use]
     pub fn find_listener(&self, destination: SocketAddr) -> Option<Arc<Listener>> {
         let listeners = self.listeners.lock();
-        let list = listeners.get(&destination.port())?;
-        if let [only] = list.as_slice() {
+        let list = of_port(&listeners, destination.port());
+        if let [only] = list {
             return only.scope.fits(destination.ip()).map(|_| Arc::clone(only));
         }
         let best = list
@@ -464,15 +460,25 @@ impl Tables {
     /// How many more connections the listeners of a port have room for.
     #[must_use]
     pub fn room(&self, port: u16) -> usize {
-        self.listeners.lock().get(&port).map_or(0, |list| {
-            list.iter()
-                .map(|listener| {
-                    let (length, backlog) = listener.lengths();
-                    (backlog + 1).saturating_sub(length)
-                })
-                .sum()
-        })
+        of_port(&self.listeners.lock(), port)
+            .iter()
+            .map(|listener| {
+                let (length, backlog) = listener.lengths();
+                (backlog + 1).saturating_sub(length)
+            })
+            .sum()
     }
+}
+
+/// The listeners of a port, out of a list that is sorted by ports.
+fn of_port(listeners: &[Arc<Listener>], port: u16) -> &[Arc<Listener>] {
+    let from = listeners.partition_point(|other| other.port < port);
+    let rest = listeners.get(from..).unwrap_or_default();
+    let count = rest
+        .iter()
+        .take_while(|listener| listener.port == port)
+        .count();
+    rest.get(..count).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -40,7 +40,7 @@ const MIN_RECEIVE: u32 = 2304;
 const MIN_SEND: u32 = 4608;
 
 /// Values of options.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// `SO_REUSEADDR`.
     pub reuse_address: bool,
@@ -126,51 +126,54 @@ pub struct Options {
     pub multicast_loop: bool,
 }
 
+/// What a new socket begins with.
+const NEW: Options = Options {
+    reuse_address: false,
+    reuse_port: false,
+    keep_alive: false,
+    broadcast: false,
+    out_of_band_inline: false,
+    do_not_route: false,
+    timestamp: 0,
+    priority: 0,
+    receive_low_water: 1,
+    linger: None,
+    receive_buffer: DEFAULT_BUFFER,
+    send_buffer: DEFAULT_BUFFER,
+    buffers_set: false,
+    receive_timeout: 0,
+    send_timeout: 0,
+    pass_credentials: false,
+    no_delay: false,
+    cork: false,
+    keep_idle: 7200,
+    keep_interval: 75,
+    keep_count: 9,
+    syn_count: 6,
+    linger2: 60,
+    defer_accept: 0,
+    user_timeout: 0,
+    quick_ack: true,
+    fast_open: 0,
+    not_sent_low_water: 0,
+    v6_only: false,
+    tos: 0,
+    traffic_class: 0,
+    ttl: 64,
+    hops: -1,
+    packet_info: false,
+    packet_info_v6: false,
+    receive_errors: [false; 2],
+    mtu_discover: [1; 2],
+    bind_address_no_port: false,
+    free_bind: false,
+    multicast_ttl: 1,
+    multicast_loop: true,
+};
+
 impl Default for Options {
     fn default() -> Options {
-        Options {
-            reuse_address: false,
-            reuse_port: false,
-            keep_alive: false,
-            broadcast: false,
-            out_of_band_inline: false,
-            do_not_route: false,
-            timestamp: 0,
-            priority: 0,
-            receive_low_water: 1,
-            linger: None,
-            receive_buffer: DEFAULT_BUFFER,
-            send_buffer: DEFAULT_BUFFER,
-            buffers_set: false,
-            receive_timeout: 0,
-            send_timeout: 0,
-            pass_credentials: false,
-            no_delay: false,
-            cork: false,
-            keep_idle: 7200,
-            keep_interval: 75,
-            keep_count: 9,
-            syn_count: 6,
-            linger2: 60,
-            defer_accept: 0,
-            user_timeout: 0,
-            quick_ack: true,
-            fast_open: 0,
-            not_sent_low_water: 0,
-            v6_only: false,
-            tos: 0,
-            traffic_class: 0,
-            ttl: 64,
-            hops: -1,
-            packet_info: false,
-            packet_info_v6: false,
-            receive_errors: [false; 2],
-            mtu_discover: [1; 2],
-            bind_address_no_port: false,
-            free_bind: false,
-            multicast_ttl: 1,
-            multicast_loop: true,
-        }
+        NEW
     }
 }
 

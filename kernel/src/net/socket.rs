@@ -122,6 +122,19 @@ impl Base {
     /// Of a new socket.
     #[must_use]
     pub fn new(shared: &Arc<Shared>, family: u16, kind: u32, protocol: i32) -> Base {
+        let watch = Arc::new(WatchList::new());
+        Base::with(shared, family, kind, protocol, watch, Options::default())
+    }
+
+    /// Of a socket whose watchers and options are there already.
+    pub(super) fn with(
+        shared: &Arc<Shared>,
+        family: u16,
+        kind: u32,
+        protocol: i32,
+        watch: Arc<WatchList>,
+        options: Options,
+    ) -> Base {
         Base {
             shared: Arc::clone(shared),
             kind: SocketType {
@@ -130,8 +143,8 @@ impl Base {
                 protocol,
             },
             number: shared.next_number(),
-            watch: Arc::new(WatchList::new()),
-            options: Mutex::new(Options::default()),
+            watch,
+            options: Mutex::new(options),
         }
     }
 }

@@ -19,7 +19,6 @@ use core::{
     time::Duration,
 };
 
-use hashbrown::HashMap;
 use kiln_abi::{
     configuration::Network as NetworkConfiguration, host::Event as HostEvent, link::ToMonitor,
     manifest::Protocol,
@@ -35,7 +34,7 @@ use crate::{
     file::{Readiness, Sink, Source, WatchList},
     host::Host,
     link::Link,
-    sync::Mutex,
+    sync::{Mutex, MutexGuard},
     trace,
 };
 
@@ -66,10 +65,9 @@ const ETHERNET_MTU: u16 = 1500;
 const STOPPED: u64 = 1_000_000_000;
 
 /// What an event of the stack is about.
-#[derive(Clone)]
 enum Target {
     /// The listener of a port.
-    Listener,
+    Listener(u16),
     /// A connection that is being made, and the request's name.
     Connecting(Weak<TcpSocket>, Arc<WatchList>),
     /// A connection or a datagram socket.
@@ -88,11 +86,12 @@ struct Inner {
     device: Box<dyn FrameDevice>,
     /// By [`SocketId::index`].
     targets: Vec<Option<(SocketId, Target)>>,
-    listeners: HashMap<u16, Listening>,
+    /// One for each port that programs listen on.
+    listeners: Vec<Listening>,
     /// Listeners whose queue was full: looked at again by each poll.
-    stalled: Vec<SocketId>,
+    stalled: Vec<(SocketId, u16)>,
     /// Names of attempts to connect.
-    attempts: HashMap<u64, SocketId>,
+    attempts: Vec<(u64, SocketId)>,
     next_attempt: u64,
     clock: Clock,
     /// Name servers are given by the run's configuration, or those found last.
@@ -145,6 +144,12 @@ impl Inner {
         }
     }
 
+    /// Where in `listeners` that of a port is.
+    fn listener_of(&self, port: u16) -> Option<usize> {
+        let mut listeners = self.listeners.iter();
+        listeners.position(|listening| listening.address.port() == port)
+    }
+
     fn target(&self, id: SocketId) -> Option<&Target> {
         let (owner, target) = self.targets.get(id.index())?.as_ref()?;
         (*owner == id).then_some(target)
@@ -170,7 +175,7 @@ enum Action {
         SocketAddr,
     ),
     Failed(Weak<TcpSocket>, Errno),
-    Accepted(SocketId, SocketAddr, SocketAddr),
+    Accepted(Pending),
 }
 
 /// The network of the kernel's own stack.
@@ -287,6 +292,9 @@ impl StackNetwork {
             }
             for &gateway in &fixed.gateways {
                 stack.set_gateway(gateway);
+                if let Some(mac) = fixed.gateway_mac {
+                    stack.add_neighbour(gateway, mac);
+                }
             }
             fixed_servers = !fixed.name_servers.is_empty();
         } else {
@@ -300,9 +308,9 @@ impl StackNetwork {
                 stack,
                 device,
                 targets: Vec::new(),
-                listeners: HashMap::new(),
+                listeners: Vec::new(),
                 stalled: Vec::new(),
-                attempts: HashMap::new(),
+                attempts: Vec::new(),
                 next_attempt: 1,
                 clock: Clock::default(),
                 fixed_servers,
@@ -337,71 +345,76 @@ impl StackNetwork {
 
     /// What an event of the stack asks for.
     fn react(&self, inner: &mut Inner, id: SocketId, actions: &mut Vec<Action>) {
-        let Some(target) = inner.target(id).cloned() else {
-            return;
-        };
-        match target {
-            Target::Watch(watch) => {
+        match inner.target(id) {
+            Some(Target::Watch(watch)) => {
                 let ready = readiness(inner.stack.readiness(id));
-                actions.push(Action::Notify(watch, ready));
+                actions.push(Action::Notify(Arc::clone(watch), ready));
             }
-            Target::Listener => self.accept_all(inner, id, actions),
-            Target::Connecting(socket, watch) => {
+            Some(Target::Listener(port)) => self.accept_all(inner, id, *port, actions),
+            Some(Target::Connecting(socket, watch)) => {
+                let (socket, watch) = (socket.clone(), Arc::clone(watch));
                 let ready = inner.stack.readiness(id);
                 if ready.contains(StackReadiness::CONNECTED) {
-                    let local = inner.stack.tcp_local_address(id);
-                    let peer = inner.stack.tcp_remote_address(id);
+                    let addresses = inner.stack.tcp_addresses(id);
                     inner.set_target(id, Target::Watch(Arc::clone(&watch)));
-                    inner.attempts.retain(|_, attempt| *attempt != id);
-                    if let (Some(local), Some(peer)) = (local, peer) {
+                    inner.attempts.retain(|(_, attempt)| *attempt != id);
+                    if let Some((local, peer)) = addresses {
                         actions.push(Action::Connected(socket, watch, id, local, peer));
                     }
                 } else if ready.intersects(StackReadiness::ERROR | StackReadiness::WRITE_CLOSED) {
                     let error = inner.stack.take_error(id).map_or(Errno::ETIMEDOUT, errno);
                     inner.forget(id);
-                    inner.attempts.retain(|_, attempt| *attempt != id);
+                    inner.attempts.retain(|(_, attempt)| *attempt != id);
                     inner.stack.close(id);
                     actions.push(Action::Failed(socket, error));
                 }
             }
+            None => {}
         }
     }
 
     /// Takes connections out of a listener of the stack, as many as the program's queue has room for.
-    fn accept_all(&self, inner: &mut Inner, id: SocketId, actions: &mut Vec<Action>) {
-        let port = inner
-            .stack
-            .tcp_local_address(id)
-            .map_or(0, |address| address.port());
+    fn accept_all(&self, inner: &mut Inner, id: SocketId, port: u16, actions: &mut Vec<Action>) {
         let mut room = self.tables.room(port);
         while room > 0 {
             let Ok(connection) = inner.stack.tcp_accept(id) else {
                 return;
             };
             room -= 1;
-            let local = inner.stack.tcp_local_address(connection);
-            let peer = inner.stack.tcp_remote_address(connection);
-            if let (Some(local), Some(peer)) = (local, peer) {
-                actions.push(Action::Accepted(connection, local, peer));
+            let watch = Arc::new(WatchList::new());
+            inner.set_target(connection, Target::Watch(Arc::clone(&watch)));
+            if let Some((local, peer)) = inner.stack.tcp_addresses(connection)
+                && let Some(stream) = self.stream(connection, Arc::clone(&watch))
+            {
+                actions.push(Action::Accepted(Pending {
+                    stream,
+                    watch,
+                    local,
+                    peer,
+                    connector: None,
+                }));
             }
         }
         // There may be more; the next poll looks again.
-        inner.stalled.push(id);
+        inner.stalled.push((id, port));
     }
 
-    fn stream(&self, id: SocketId, watch: Arc<WatchList>) -> Arc<dyn Stream> {
-        Arc::new(StackStream {
-            network: self.this.clone(),
+    /// A connection as sockets have it; None only while the network itself is being made or dropped.
+    fn stream(&self, id: SocketId, watch: Arc<WatchList>) -> Option<Arc<dyn Stream>> {
+        Some(Arc::new(StackStream {
+            network: self.this.upgrade()?,
             id,
             watch,
-        })
+        }))
     }
 
     fn act(&self, action: Action) {
         match action {
             Action::Notify(watch, readiness) => watch.notify(readiness),
             Action::Connected(socket, watch, id, local, peer) => {
-                let stream = self.stream(id, watch);
+                let Some(stream) = self.stream(id, watch) else {
+                    return;
+                };
                 match socket.upgrade() {
                     Some(socket) => socket.complete(stream, local, peer),
                     None => stream.close(true),
@@ -412,20 +425,8 @@ impl StackNetwork {
                     socket.fail(error);
                 }
             }
-            Action::Accepted(id, local, peer) => {
-                let watch = Arc::new(WatchList::new());
-                self.inner
-                    .lock()
-                    .set_target(id, Target::Watch(Arc::clone(&watch)));
-                let stream = self.stream(id, Arc::clone(&watch));
-                let pending = Pending {
-                    stream,
-                    watch,
-                    local,
-                    peer,
-                    connector: None,
-                };
-                let refused = match self.tables.find_listener(local) {
+            Action::Accepted(pending) => {
+                let refused = match self.tables.find_listener(pending.local) {
                     Some(listener) => listener.push(pending).err(),
                     None => Some(pending),
                 };
@@ -491,8 +492,10 @@ impl StackNetwork {
                 Event::Intercepted(_) => {}
             }
         }
-        for id in core::mem::take(&mut inner.stalled) {
-            self.accept_all(&mut inner, id, &mut actions);
+        if !inner.stalled.is_empty() {
+            for (id, port) in core::mem::take(&mut inner.stalled) {
+                self.accept_all(&mut inner, id, port, &mut actions);
+            }
         }
         let next = inner.stack.next_deadline();
         let deadline = inner.clock.set_deadline(now, next);
@@ -520,8 +523,8 @@ impl Network for StackNetwork {
     fn listen(&self, scope: Scope, port: u16, backlog: usize) -> Result<()> {
         self.touch();
         let mut inner = self.inner.lock();
-        if let Some(listening) = inner.listeners.get_mut(&port) {
-            listening.users += 1;
+        if let Some(place) = inner.listener_of(port) {
+            inner.listeners[place].users += 1;
             return Ok(());
         }
         // One listener takes a port's connections to all addresses, known now or later; the kernel's own table says whose
@@ -537,14 +540,14 @@ impl Network for StackNetwork {
             inner.stack.close(id);
             return Err(errno(error));
         }
-        inner.set_target(id, Target::Listener);
+        inner.set_target(id, Target::Listener(port));
         let address = SocketAddr::new(scope.ip, port);
         let listening = Listening {
             id,
             users: 1,
             address,
         };
-        inner.listeners.insert(port, listening);
+        inner.listeners.push(listening);
         drop(inner);
         self.tell(address, Protocol::Tcp, true);
         Ok(())
@@ -553,15 +556,16 @@ impl Network for StackNetwork {
     fn unlisten(&self, _: Scope, port: u16) {
         self.touch();
         let mut inner = self.inner.lock();
-        let Some(listening) = inner.listeners.get_mut(&port) else {
+        let Some(place) = inner.listener_of(port) else {
             return;
         };
+        let listening = &mut inner.listeners[place];
         listening.users -= 1;
         if listening.users == 0 {
             let (id, address) = (listening.id, listening.address);
-            inner.listeners.remove(&port);
+            inner.listeners.swap_remove(place);
             inner.forget(id);
-            inner.stalled.retain(|stalled| *stalled != id);
+            inner.stalled.retain(|(stalled, _)| *stalled != id);
             inner.stack.close(id);
             drop(inner);
             self.tell(address, Protocol::Tcp, false);
@@ -601,14 +605,15 @@ impl Network for StackNetwork {
         inner.set_target(id, Target::Connecting(socket.clone(), Arc::clone(watch)));
         let attempt = inner.next_attempt;
         inner.next_attempt += 1;
-        inner.attempts.insert(attempt, id);
+        inner.attempts.push((attempt, id));
         Ok(attempt)
     }
 
     fn cancel(&self, attempt: u64) {
         self.touch();
         let mut inner = self.inner.lock();
-        if let Some(id) = inner.attempts.remove(&attempt) {
+        let place = inner.attempts.iter().position(|(name, _)| *name == attempt);
+        if let Some((_, id)) = place.map(|place| inner.attempts.swap_remove(place)) {
             inner.forget(id);
             inner.stack.close(id);
         }
@@ -718,100 +723,69 @@ impl Network for StackNetwork {
 }
 
 fn configure(stack: &mut Stack, id: SocketId, options: &Options) -> Result<(), Error> {
-    stack.tcp_set_no_delay(id, options.no_delay)?;
     let keep_alive = options.keep_alive.then(|| KeepAlive {
         idle: Duration::from_secs(u64::from(options.keep_idle)),
         interval: Duration::from_secs(u64::from(options.keep_interval)),
         count: options.keep_count,
     });
-    stack.tcp_set_keep_alive(id, keep_alive)?;
-    stack.tcp_set_hop_limit(id, (options.ttl != 64).then_some(options.ttl))
-}
-
-/// Moves bytes by at most two steps: a buffer is a ring, and what wraps around takes a second one. `step` gives how many bytes
-/// it moved and whether another may move more, and puts aside what the program's memory refused.
-fn in_steps(
-    mut step: impl FnMut(&mut Option<Errno>) -> core::result::Result<(usize, bool), Error>,
-) -> Result<usize> {
-    let mut done = 0;
-    for _ in 0..2 {
-        let mut fault = None;
-        match (step(&mut fault), fault) {
-            (_, Some(fault)) if done == 0 => return Err(fault),
-            (Ok((0, _)), _) => break,
-            (Ok((count, more)), _) => {
-                done += count;
-                if !more {
-                    break;
-                }
-            }
-            (Err(_), _) if done > 0 => break,
-            (Err(error), _) => return Err(errno(error)),
-        }
-    }
-    Ok(done)
+    let hop_limit = (options.ttl != 64).then_some(options.ttl);
+    stack.tcp_configure(id, options.no_delay, keep_alive, hop_limit)
 }
 
 /// A connection of the stack.
 struct StackStream {
-    network: Weak<StackNetwork>,
+    network: Arc<StackNetwork>,
     id: SocketId,
     watch: Arc<WatchList>,
 }
 
 impl StackStream {
-    fn with<R>(&self, work: impl FnOnce(&mut Stack) -> R) -> Result<R> {
-        let network = self.network.upgrade().ok_or(Errno::ENETDOWN)?;
-        network.touch();
-        let mut inner = network.inner.lock();
-        Ok(work(&mut inner.stack))
+    /// The stack, to do something with that the next poll has to look after.
+    fn open(&self) -> MutexGuard<'_, Inner> {
+        self.network.touch();
+        self.network.inner.lock()
+    }
+}
+
+/// What a transfer came to, with what the program's memory refused meanwhile: that counts if nothing was moved before.
+fn transferred(moved: Result<usize, Error>, fault: Option<Errno>) -> Result<usize> {
+    match (moved, fault) {
+        (Ok(0), Some(fault)) => Err(fault),
+        (moved, _) => moved.map_err(errno),
     }
 }
 
 impl Stream for StackStream {
     fn receive(&self, sink: &mut Sink<'_>, peek: bool) -> Result<usize> {
-        let id = self.id;
+        let mut inner = self.open();
         if peek {
             let mut bytes = alloc::vec![0; sink.remaining().min(64 << 10)];
-            let count = self
-                .with(|stack| stack.tcp_peek(id, &mut bytes))?
-                .map_err(errno)?;
+            let count = inner.stack.tcp_peek(self.id, &mut bytes).map_err(errno)?;
             return sink.put(bytes.get(..count).unwrap_or_default());
         }
-        self.with(|stack| {
-            in_steps(|fault| {
-                let count = stack.tcp_receive_with(id, |bytes| {
-                    sink.put(bytes).unwrap_or_else(|error| {
-                        *fault = Some(error);
-                        0
-                    })
-                })?;
-                Ok((count, sink.remaining() > 0 && stack.tcp_queues(id).0 > 0))
+        let mut fault = None;
+        let received = inner.stack.tcp_receive_with(self.id, &mut |bytes| {
+            sink.put(bytes).unwrap_or_else(|error| {
+                fault = Some(error);
+                0
             })
-        })?
+        });
+        transferred(received, fault)
     }
 
     fn send(&self, source: &mut Source<'_>, _: bool) -> Result<usize> {
-        let id = self.id;
-        self.with(|stack| {
-            in_steps(|fault| {
-                let count = stack.tcp_send_with(id, |space| {
-                    source.take(space).unwrap_or_else(|error| {
-                        *fault = Some(error);
-                        0
-                    })
-                })?;
-                Ok((count, source.remaining() > 0))
+        let mut fault = None;
+        let sent = self.open().stack.tcp_send_with(self.id, &mut |space| {
+            source.take(space).unwrap_or_else(|error| {
+                fault = Some(error);
+                0
             })
-        })?
+        });
+        transferred(sent, fault)
     }
 
     fn readiness(&self) -> Readiness {
-        let Some(network) = self.network.upgrade() else {
-            return Readiness::HANGUP;
-        };
-        let inner = network.inner.lock();
-        readiness(inner.stack.readiness(self.id))
+        readiness(self.network.inner.lock().stack.readiness(self.id))
     }
 
     fn shutdown(&self, read: bool, write: bool) -> Result<()> {
@@ -820,19 +794,13 @@ impl Stream for StackStream {
             (true, false) => Shutdown::Read,
             _ => Shutdown::Write,
         };
-        let result = self
-            .with(|stack| stack.tcp_shutdown(self.id, how))?
-            .map_err(errno);
+        let result = self.open().stack.tcp_shutdown(self.id, how).map_err(errno);
         self.watch.notify(self.readiness());
         result
     }
 
     fn close(&self, abort: bool) {
-        let Some(network) = self.network.upgrade() else {
-            return;
-        };
-        network.touch();
-        let mut inner = network.inner.lock();
+        let mut inner = self.open();
         let target = inner.forget(self.id);
         if abort {
             // Fails only for a connection that has ended already.
@@ -844,20 +812,16 @@ impl Stream for StackStream {
     }
 
     fn take_error(&self) -> Option<Errno> {
-        self.with(|stack| stack.take_error(self.id))
-            .ok()
-            .flatten()
-            .map(errno)
+        self.open().stack.take_error(self.id).map(errno)
     }
 
     fn queued(&self) -> (usize, usize) {
-        self.with(|stack| stack.tcp_queues(self.id))
-            .unwrap_or((0, 0))
+        self.network.inner.lock().stack.tcp_queues(self.id)
     }
 
     fn configure(&self, options: &Options) {
         // Fails only for a connection that has ended already.
-        let _ = self.with(|stack| configure(stack, self.id, options));
+        let _ = configure(&mut self.open().stack, self.id, options);
     }
 }
 

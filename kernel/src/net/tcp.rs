@@ -138,11 +138,14 @@ impl TcpSocket {
     ) -> Arc<TcpSocket> {
         Arc::new_cyclic(|this| TcpSocket {
             this: this.clone(),
-            base: Base {
+            base: Base::with(
+                shared,
+                family,
+                linux::SOCK_STREAM,
+                LEVEL_TCP,
                 watch,
-                options: Mutex::new(options),
-                ..Base::new(shared, family, linux::SOCK_STREAM, LEVEL_TCP)
-            },
+                options,
+            ),
             state: Mutex::new(state),
             bound: Mutex::new(None),
             connection: connection.map_or_else(Once::new, Once::initialized),
@@ -259,7 +262,7 @@ impl TcpSocket {
         let Some(listener) = self.base.shared.tables.find_listener(to) else {
             return refused();
         };
-        let options = self.base.options.lock().clone();
+        let options = *self.base.options.lock();
         let limit = if options.buffers_set {
             options.send_buffer as usize
         } else {
@@ -528,7 +531,7 @@ impl Socket for TcpSocket {
             _ => return Err(Errno::EINVAL),
         };
         let pending = listener.pop()?;
-        let mut options = self.base.options.lock().clone();
+        let mut options = *self.base.options.lock();
         options.receive_timeout = 0;
         options.send_timeout = 0;
         pending.stream.configure(&options);
@@ -588,7 +591,7 @@ impl Socket for TcpSocket {
             attempt: None,
             waiting: None,
         };
-        let options = self.base.options.lock().clone();
+        let options = *self.base.options.lock();
         match backend.connect(&self.this, &self.base.watch, from, to, &options) {
             Ok(number) => {
                 if let State::Connecting { attempt, .. } = &mut *self.state.lock() {

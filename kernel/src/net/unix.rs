@@ -196,22 +196,25 @@ impl UnixSocket {
     }
 
     fn join(a: &Arc<UnixSocket>, b: &Arc<UnixSocket>) {
+        let mut ends = (None, None);
         if a.is_byte_stream() {
             let limit = a.base.options.lock().send_buffer as usize;
-            let (first, second) = pair(
-                Rules::Unix,
-                [Arc::clone(&a.base.watch), Arc::clone(&b.base.watch)],
-                limit,
-            );
-            a.stream.call_once(|| first);
-            b.stream.call_once(|| second);
+            let watch = [Arc::clone(&a.base.watch), Arc::clone(&b.base.watch)];
+            let (first, second) = pair(Rules::Unix, watch, limit);
+            ends = (Some(first), Some(second));
         }
-        *a.peer.lock() = Some(Arc::downgrade(b));
-        *b.peer.lock() = Some(Arc::downgrade(a));
-        *a.peer_name.lock() = Some(b.bound.lock().name.clone());
-        *b.peer_name.lock() = Some(a.bound.lock().name.clone());
-        *a.state.lock() = State::Connected;
-        *b.state.lock() = State::Connected;
+        a.connect_to(b, ends.0);
+        b.connect_to(a, ends.1);
+    }
+
+    /// One side of [`UnixSocket::join`].
+    fn connect_to(&self, other: &Arc<UnixSocket>, end: Option<StreamEnd>) {
+        if let Some(end) = end {
+            self.stream.call_once(|| end);
+        }
+        *self.peer.lock() = Some(Arc::downgrade(other));
+        *self.peer_name.lock() = Some(other.bound.lock().name.clone());
+        *self.state.lock() = State::Connected;
     }
 
     fn is_byte_stream(&self) -> bool {
@@ -614,7 +617,7 @@ impl Socket for UnixSocket {
         }
         let this = self.this.upgrade().ok_or(Errno::EINVAL)?;
         let accepted = UnixSocket::new(&self.base.shared, self.base.kind.kind);
-        *accepted.base.options.lock() = listener.base.options.lock().clone();
+        *accepted.base.options.lock() = *listener.base.options.lock();
         accepted.bound.lock().name = listener.bound.lock().name.clone();
         UnixSocket::join(&this, &accepted);
         *self.peer_credentials.lock() = Some(*listener.owner.lock());
