@@ -1067,7 +1067,7 @@ impl Stack {
             transport[2..4].copy_from_slice(&local.port().to_be_bytes());
             transport[4..8].copy_from_slice(&connection.trace.acknowledgement.to_be_bytes());
             self.tcp.half_open = self.tcp.half_open.saturating_sub(1);
-            self.tcp_forget(id, &Tuple { local, remote });
+            self.tcp_forget(id);
             self.send_unreachable(TCP, remote.ip(), local.ip(), &transport, error);
             return Ok(());
         }
@@ -1634,11 +1634,9 @@ impl Stack {
             None
         };
         let connected = connection.connected;
-        let trace = connection.trace;
-        let tuple = connection.tuple;
         let orphan = connection.orphan;
         let remembered = orphan && state == TcpState::TimeWait && !unsent;
-        if half_open && (listener.is_some() || was == TcpState::SynReceived) {
+        if half_open {
             self.tcp.half_open = self.tcp.half_open.saturating_sub(1);
         }
 
@@ -1651,7 +1649,7 @@ impl Stack {
                 // Nobody knows of it yet, and nobody will.
                 _ => {
                     if over {
-                        self.tcp_forget(id, &tuple);
+                        self.tcp_forget(id);
                     } else {
                         let _ = self.tcp_abort(id);
                         self.tcp_close(id);
@@ -1661,25 +1659,25 @@ impl Stack {
             }
         }
         if remembered {
-            self.tcp_forget(id, &tuple);
-            let expires = now + self.tcp.configuration.time_wait;
-            self.tcp
-                .tuples
-                .insert(tuple, Entry::TimeWait { trace, expires });
-            self.tcp.time_wait.push_back((expires, tuple));
+            if let Some(connection) = self.tcp_forget(id) {
+                let (tuple, trace) = (connection.tuple, connection.trace);
+                let expires = now + self.tcp.configuration.time_wait;
+                self.tcp
+                    .tuples
+                    .insert(tuple, Entry::TimeWait { trace, expires });
+                self.tcp.time_wait.push_back((expires, tuple));
+            }
             return;
         }
-        if over {
-            if orphan {
-                self.tcp_forget(id, &tuple);
-                return;
-            }
-            self.tcp.tuples.remove(&tuple);
+        if over && orphan {
+            self.tcp_forget(id);
+            return;
         }
         let Some(Socket::TcpConnection(connection)) = self.sockets.get_mut(id) else {
             return;
         };
         if over {
+            self.tcp.tuples.remove(&connection.tuple);
             connection.finished = true;
         } else if sending {
             if room {
@@ -1707,11 +1705,13 @@ impl Stack {
     }
 
     /// Drops a connection that nobody has a name for any more.
-    fn tcp_forget(&mut self, id: SocketId, tuple: &Tuple) {
-        self.tcp.tuples.remove(tuple);
-        if let Some(Socket::TcpConnection(connection)) = self.sockets.remove(id) {
-            self.tcp.buffered -= 2 * connection.buffer;
-        }
+    fn tcp_forget(&mut self, id: SocketId) -> Option<Box<Connection>> {
+        let Some(Socket::TcpConnection(connection)) = self.sockets.remove(id) else {
+            return None;
+        };
+        self.tcp.tuples.remove(&connection.tuple);
+        self.tcp.buffered -= 2 * connection.buffer;
+        Some(connection)
     }
 
     /// Tells the connection that a packet of it belongs to that it did not arrive.
@@ -1738,7 +1738,7 @@ impl Stack {
         connection.finished = true;
         let orphan = connection.orphan;
         if orphan {
-            self.tcp_forget(id, &tuple);
+            self.tcp_forget(id);
             return;
         }
         connection.ready = connection.readiness();
@@ -1817,7 +1817,7 @@ impl Connection {
                     .keep_alive
                     .map(|keep| keep.idle + keep.interval * keep.count);
                 let sending = (self.socket_ref().send_queue() > 0).then_some(SEND_TIMEOUT);
-                keep_alive.into_iter().chain(sending).min()
+                earlier(keep_alive, sending)
             }
         }
     }

@@ -294,7 +294,7 @@ impl Epoll {
     }
 
     /// Collects up to `limit` events into `events`.
-    pub fn collect(&self, events: &mut Vec<EpollEvent>, limit: usize) {
+    pub fn collect(&self, events: &mut Vec<linux::epoll_event>, limit: usize) {
         let mut turn = self.shared.ready.lock().len();
         while events.len() < limit && turn > 0 {
             turn -= 1;
@@ -313,7 +313,7 @@ impl Epoll {
             if readiness.is_empty() {
                 continue;
             }
-            events.push(EpollEvent {
+            events.push(linux::epoll_event {
                 events: readiness.bits(),
                 data: item.data,
             });

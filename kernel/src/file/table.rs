@@ -26,6 +26,7 @@ impl OpenFile {
 
     /// Opens `file` that was found by an absolute path.
     #[must_use]
+    #[inline(never)]
     pub fn with_path(file: Arc<dyn File>, flags: OpenFlags, path: Option<String>) -> Arc<OpenFile> {
         let kept = flags
             - OpenFlags::CREATE
@@ -209,6 +210,7 @@ impl FileTable {
     ///
     /// # Errors
     /// `EMFILE`.
+    #[inline(never)]
     pub fn insert(&mut self, file: Arc<OpenFile>, close_on_exec: bool) -> Result<i32> {
         self.insert_from(0, file, close_on_exec)
     }

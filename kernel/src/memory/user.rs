@@ -135,7 +135,9 @@ macro_rules! plain {
 }
 
 plain!(u8, i8, u16, i16, u32, i32, u64, i64, usize, isize);
-plain!([u8; 4], [u8; 16], [i32; 2], [u32; 2], [u64; 2], [u64; 16]);
+plain!(
+    [u8; 4], [u8; 16], [i32; 2], [u32; 2], [u64; 2], [u64; 4], [u64; 16]
+);
 plain!(
     linux_raw_sys::general::timespec,
     linux_raw_sys::general::timeval,
@@ -208,6 +210,16 @@ pub fn read<T: Plain>(address: u64) -> Result<T> {
 /// `EFAULT`.
 pub fn write<T: Plain>(address: u64, value: &T) -> Result<()> {
     UserRange::new(address, size_of::<T>() as u64)?.write(bytes_of(value))
+}
+
+/// Writes values one after the other to program memory.
+///
+/// # Errors
+/// `EFAULT`.
+pub fn write_many<T: Plain>(address: u64, values: &[T]) -> Result<()> {
+    // SAFETY: plain data is readable as bytes, as in `bytes_of`; the slice says how many there are.
+    let bytes = unsafe { core::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) };
+    write_bytes(address, bytes)
 }
 
 /// Reads `count` values that lie one after the other.

@@ -162,8 +162,6 @@ fn epoll_ctl(call: &mut Call<'_>) -> Outcome {
 
 /// Most events that one call gives.
 const MAX_EVENTS: usize = i32::MAX as usize / core::mem::size_of::<linux::epoll_event>();
-/// Events collected without allocating more than this much at first.
-const FIRST_EVENTS: usize = 64;
 
 /// Collects events and writes them to the program.
 fn collect(epoll: &Epoll, address: u64, limit: usize) -> Result<usize> {
@@ -172,13 +170,7 @@ fn collect(epoll: &Epoll, address: u64, limit: usize) -> Result<usize> {
     if events.is_empty() {
         return Ok(0);
     }
-    const SIZE: usize = core::mem::size_of::<linux::epoll_event>();
-    let mut bytes = Vec::with_capacity(events.len().min(FIRST_EVENTS) * SIZE);
-    for event in &events {
-        bytes.extend_from_slice(&event.events.to_ne_bytes());
-        bytes.extend_from_slice(&event.data.to_ne_bytes());
-    }
-    user::write_bytes(address, &bytes)?;
+    user::write_many(address, &events)?;
     Ok(events.len())
 }
 

@@ -652,7 +652,16 @@ fn openat2(call: &mut Call<'_>) -> Outcome {
     )
 }
 
+/// Seconds since 1970 and nanoseconds.
+#[inline(never)]
 fn seconds(time: Timestamp) -> (u64, u64) {
+    // Until the year 2262 a short division will do.
+    if let (Ok(time), Ok(second)) = (i64::try_from(time), i64::try_from(SECOND)) {
+        return (
+            time.div_euclid(second).cast_unsigned(),
+            time.rem_euclid(second).cast_unsigned(),
+        );
+    }
     let second = Timestamp::from(SECOND);
     (
         time.div_euclid(second) as u64,

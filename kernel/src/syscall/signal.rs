@@ -170,10 +170,7 @@ fn rt_sigaction(call: &mut Call<'_>) -> Outcome {
         let new = match call.raw(1) {
             0 => None,
             address => {
-                let [handler, flags, restorer, mask] = user::read_many::<u64>(address, 4)?[..]
-                else {
-                    return Err(Errno::EFAULT);
-                };
+                let [handler, flags, restorer, mask] = user::read::<[u64; 4]>(address)?;
                 Some(Action {
                     handler,
                     flags,
@@ -184,12 +181,8 @@ fn rt_sigaction(call: &mut Call<'_>) -> Outcome {
         };
         let old = signal::action(call.process(), number, new)?;
         if call.raw(2) != 0 {
-            for (index, word) in [old.handler, old.flags, old.restorer, old.mask]
-                .iter()
-                .enumerate()
-            {
-                user::write(call.raw(2) + 8 * index as u64, word)?;
-            }
+            let words = [old.handler, old.flags, old.restorer, old.mask];
+            user::write(call.raw(2), &words)?;
         }
         Ok(())
     })();
