@@ -49,7 +49,7 @@ mod tests {
                 plain = (plain >> 16) + (plain & 0xffff);
             }
             prop_assert_eq!(u32::from(of(&bytes)), plain);
-            let cut = bytes.len() / 2 & !1;
+            let cut = bytes.len() / 4 * 2;
             prop_assert_eq!(finish(add(add(0, &bytes[..cut]), &bytes[cut..])), of(&bytes));
         }
     }
