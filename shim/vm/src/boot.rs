@@ -48,9 +48,10 @@ boot_long:
     xorl %eax, %eax
     movl %eax, %ds
     movl %eax, %es
-    movl %eax, %ss
     movl %eax, %fs
     movl %eax, %gs
+    movl ${data}, %eax
+    movl %eax, %ss
     movabsq $shim_call_stack_top, %rsp
     movl %ebx, %edi
     movabsq $start, %rax
@@ -60,11 +61,13 @@ boot_long:
 boot_descriptors:
     .quad 0
     .quad 0x00af9b000000ffff                // 64-bit code, ring 0
+    .quad 0x00cf93000000ffff                // data, ring 0
 boot_descriptors_pointer:
-    .word 15
+    .word 23
     .long boot_descriptors
     .text
 "#,
     offset = const VIRTUAL_OFFSET,
+    data = const crate::descriptors::DATA as i32,
     options(att_syntax),
 );

@@ -1,12 +1,10 @@
 //! The kernel's calls, as `abi/src/host.rs` documents them. Every argument is checked: the kernel is not trusted to be right.
 
-use core::mem::offset_of;
-
 use kiln_abi::host::{
     Event, KERNEL_RANGE_END, KERNEL_RANGE_START, PAGE_SIZE, PROGRAM_END, PROGRAM_START, Protection,
     Registration, Source,
 };
-use kiln_shim_vm::memory::{AccessError, Exhausted, USER_END};
+use kiln_shim_vm::memory::{Exhausted, USER_END};
 
 use crate::clock;
 use crate::console;
@@ -68,33 +66,35 @@ extern "C" fn register(address: usize, _: usize, _: usize, _: usize, _: usize) -
     if machine.registered.is_some() {
         return EBUSY;
     }
-    let mut word = |offset: usize| -> Result<usize, AccessError> {
-        let value = machine
-            .memory
-            .read_word(address.checked_add(offset).ok_or(AccessError::Unmapped)?)?
-            as usize;
-        if value < USER_END {
-            Ok(value)
-        } else {
-            Err(AccessError::Denied)
+    let mut bytes = [0; size_of::<Registration>()];
+    if machine.memory.read(address, &mut bytes).is_err() {
+        return EFAULT;
+    }
+    let mut words = [0; size_of::<Registration>() / 8];
+    for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
+        *word = usize::from_le_bytes(*bytes);
+        if *word >= USER_END {
+            return EINVAL;
         }
-    };
-    let mut read = || -> Result<Registered, AccessError> {
-        let resume = word(offset_of!(Registration, resume))?;
-        let user_copy = word(offset_of!(Registration, user_copy))?;
-        Ok(Registered {
-            cpu: word(offset_of!(Registration, cpu))?,
-            upcall_entry: word(offset_of!(Registration, upcall_entry))?,
-            fault_entry: word(offset_of!(Registration, fault_entry))?,
-            resume: resume..resume + word(offset_of!(Registration, resume) + 8)?,
-            user_copy: user_copy..user_copy + word(offset_of!(Registration, user_copy) + 8)?,
-            user_copy_fault: word(offset_of!(Registration, user_copy_fault))?,
-        })
-    };
-    let registered = match read() {
-        Ok(registered) => registered,
-        Err(AccessError::Denied) => return EINVAL,
-        Err(_) => return EFAULT,
+    }
+    // In the order of the structure.
+    let [
+        cpu,
+        upcall_entry,
+        fault_entry,
+        resume,
+        resume_length,
+        user_copy,
+        user_copy_length,
+        user_copy_fault,
+    ] = words;
+    let registered = Registered {
+        cpu,
+        upcall_entry,
+        fault_entry,
+        resume: resume..resume + resume_length,
+        user_copy: user_copy..user_copy + user_copy_length,
+        user_copy_fault,
     };
     // SAFETY: calls do not nest; the gates read the area only on a later entry.
     let processor = unsafe { PROCESSOR.get() };

@@ -4,6 +4,7 @@
 //! The first measurement is short, since starting fast matters more; every window of the timer that is at least twice as long as the
 //! best before gives a better one. A new scale continues from the time shown by the old one: the clock never goes back.
 
+use core::num::NonZeroU64;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu;
@@ -81,10 +82,7 @@ pub fn set_realtime(realtime: u64) {
         .store(realtime.wrapping_sub(now()), Ordering::Relaxed);
 }
 
-fn set_frequency(frequency: u64) {
-    let Some(frequency) = core::num::NonZeroU64::new(frequency) else {
-        return;
-    };
+fn set_frequency(frequency: NonZeroU64) {
     let page = &CLOCK_PAGE;
     let (counter, base) = (cpu::counter(), now());
     page.base.store(base, Ordering::Relaxed);
@@ -96,15 +94,15 @@ fn set_frequency(frequency: u64) {
 }
 
 impl Clock {
-    /// Starts measuring.
-    pub fn start(&mut self) {
+    /// Starts measuring, unless the counter's frequency is known.
+    pub fn start(&mut self, frequency: Option<NonZeroU64>) {
         self.deadline = u64::MAX;
         self.armed = u64::MAX;
         CLOCK_PAGE.counter.store(cpu::counter(), Ordering::Relaxed);
         self.timer = Timer::for_nanoseconds(u64::MAX);
         self.timer.start(false);
         self.start = sample();
-        if let Some(frequency) = cpu::counter_frequency() {
+        if let Some(frequency) = frequency {
             set_frequency(frequency);
             self.best = u64::MAX;
         }
@@ -138,7 +136,9 @@ impl Clock {
                 return;
             }
         }
-        set_frequency(frequency as u64);
+        if let Some(frequency) = NonZeroU64::new(frequency as u64) {
+            set_frequency(frequency);
+        }
         self.best = nanoseconds;
     }
 

@@ -16,36 +16,48 @@ pub struct DeviceArgument {
 
 /// The devices that a command line names; malformed ones are passed over.
 pub fn devices(line: &[u8]) -> impl Iterator<Item = DeviceArgument> {
-    line.split(|byte| byte.is_ascii_whitespace())
-        .filter_map(|word| {
-            let text = core::str::from_utf8(word.strip_prefix(b"virtio_mmio.device=")?).ok()?;
-            let (size, rest) = text.split_once('@')?;
-            let mut parts = rest.split(':');
-            let address = number(parts.next()?)?;
-            let line = u32::try_from(number(parts.next()?)?).ok()?;
-            Some(DeviceArgument {
-                size: size_of(size)?,
-                address,
-                line,
-            })
-        })
+    line.split(u8::is_ascii_whitespace)
+        .filter_map(|word| device(word.strip_prefix(b"virtio_mmio.device=")?))
 }
 
-fn number(text: &str) -> Option<u64> {
-    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(digits) => u64::from_str_radix(digits, 16).ok(),
-        None => text.parse().ok(),
-    }
-}
-
-fn size_of(text: &str) -> Option<u64> {
-    let (digits, factor) = match text.as_bytes().last()? {
-        b'K' | b'k' => (text.get(..text.len() - 1)?, 1 << 10),
-        b'M' | b'm' => (text.get(..text.len() - 1)?, 1 << 20),
-        b'G' | b'g' => (text.get(..text.len() - 1)?, 1 << 30),
-        _ => (text, 1),
+fn device(text: &[u8]) -> Option<DeviceArgument> {
+    let (size, rest) = number(text)?;
+    let (&unit, after) = rest.split_first()?;
+    let (factor, rest) = match unit {
+        b'K' | b'k' => (1 << 10, after),
+        b'M' | b'm' => (1 << 20, after),
+        b'G' | b'g' => (1 << 30, after),
+        _ => (1, rest),
     };
-    number(digits)?.checked_mul(factor)
+    let (address, rest) = number(rest.strip_prefix(b"@")?)?;
+    let (line, rest) = number(rest.strip_prefix(b":")?)?;
+    if !matches!(rest, [] | [b':', ..]) {
+        return None;
+    }
+    Some(DeviceArgument {
+        size: size.checked_mul(factor)?,
+        address,
+        line: u32::try_from(line).ok()?,
+    })
+}
+
+/// The number that a text starts with, decimal or hexadecimal after `0x`, and the rest of the text.
+fn number(text: &[u8]) -> Option<(u64, &[u8])> {
+    let (base, mut rest) = match text {
+        [b'0', b'x' | b'X', digits @ ..] => (16, digits),
+        _ => (10, text),
+    };
+    let length = rest.len();
+    let mut value = 0u64;
+    while let [byte, after @ ..] = rest
+        && let Some(digit) = char::from(*byte).to_digit(base)
+    {
+        value = value
+            .checked_mul(u64::from(base))?
+            .checked_add(u64::from(digit))?;
+        rest = after;
+    }
+    (rest.len() < length).then_some((value, rest))
 }
 
 #[cfg(test)]

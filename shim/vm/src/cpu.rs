@@ -1,7 +1,8 @@
 //! The processor's privileged instructions and what it says about itself, each as a small function.
 
 use core::arch::asm;
-use core::arch::x86_64::{__cpuid_count, _rdtsc, CpuidResult};
+use core::arch::x86_64::{__cpuid_count, _rdtsc};
+use core::num::NonZeroU64;
 
 use kiln_shim_vm::memory::Tlb;
 
@@ -43,6 +44,10 @@ pub struct Features {
     pub rdrand: bool,
     /// RDSEED.
     pub rdseed: bool,
+    /// A hypervisor says that it is there.
+    pub hypervisor: bool,
+    /// Highest leaf of CPUID.
+    pub highest_leaf: u32,
     /// State components enabled in XCR0; 0 without XSAVE.
     pub xsave_mask: u64,
     /// Bytes that XSAVE needs for them.
@@ -52,13 +57,9 @@ pub struct Features {
 /// Finds the features and switches them on.
 pub fn enable_features() -> Features {
     let basic = __cpuid_count(1, 0);
-    let highest = __cpuid_count(0, 0).eax;
-    let extended = if highest >= 7 {
-        __cpuid_count(7, 0)
-    } else {
-        __cpuid_count(0x8000_0000, 0)
-    };
-    let (ebx, ecx) = if highest >= 7 {
+    let highest_leaf = __cpuid_count(0, 0).eax;
+    let (ebx, ecx) = if highest_leaf >= 7 {
+        let extended = __cpuid_count(7, 0);
         (extended.ebx, extended.ecx)
     } else {
         (0, 0)
@@ -70,23 +71,19 @@ pub fn enable_features() -> Features {
         gigabyte_pages: bit(__cpuid_count(0x8000_0001, 0).edx, 26),
         rdrand: bit(basic.ecx, 30),
         rdseed: bit(ebx, 18),
+        hypervisor: bit(basic.ecx, 31),
+        highest_leaf,
         ..Features::default()
     };
     let xsave = bit(basic.ecx, 26);
     let mut control: u64;
     // SAFETY: reads a control register.
     unsafe { asm!("mov {}, cr4", out(reg) control, options(nomem, nostack)) };
-    for (wanted, flag) in [
-        (features.fsgsbase, cr4::FSGSBASE),
-        (features.smap, cr4::SMAP),
-        (bit(ebx, 7), cr4::SMEP),
-        (bit(ecx, 2), cr4::UMIP),
-        (xsave, cr4::OSXSAVE),
-    ] {
-        if wanted {
-            control |= flag;
-        }
-    }
+    control |= cr4::FSGSBASE * u64::from(features.fsgsbase);
+    control |= cr4::SMAP * u64::from(features.smap);
+    control |= cr4::SMEP * u64::from(bit(ebx, 7));
+    control |= cr4::UMIP * u64::from(bit(ecx, 2));
+    control |= cr4::OSXSAVE * u64::from(xsave);
     // SAFETY: only features that the processor has; the shim runs from supervisor pages and touches no others unasked.
     unsafe { asm!("mov cr4, {}", in(reg) control, options(nostack)) };
     if xsave {
@@ -109,30 +106,32 @@ pub fn enable_features() -> Features {
     features
 }
 
-/// Frequency of the time stamp counter in Hz, where CPUID says it.
-pub fn counter_frequency() -> Option<u64> {
-    if __cpuid_count(0, 0).eax >= 0x15 {
-        let ratio = __cpuid_count(0x15, 0);
-        if ratio.eax != 0 && ratio.ebx != 0 && ratio.ecx != 0 {
-            return Some(u64::from(ratio.ecx) * u64::from(ratio.ebx) / u64::from(ratio.eax));
-        }
-    }
-    let kilohertz = hypervisor_timing()?.eax;
-    (kilohertz != 0).then(|| u64::from(kilohertz) * 1000)
+/// Frequencies in Hz, where CPUID says them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Frequencies {
+    /// Of the time stamp counter.
+    pub counter: Option<NonZeroU64>,
+    /// Of the local interrupt controller's timer.
+    pub timer: Option<NonZeroU64>,
 }
 
-/// Frequency of the local interrupt controller's timer in Hz, where a hypervisor says it.
-pub fn timer_frequency() -> Option<u64> {
-    let kilohertz = hypervisor_timing()?.ebx;
-    (kilohertz != 0).then(|| u64::from(kilohertz) * 1000)
-}
-
-/// The leaf by which hypervisors tell frequencies in kHz.
-fn hypervisor_timing() -> Option<CpuidResult> {
+/// Asks for the frequencies.
+pub fn frequencies(features: &Features) -> Frequencies {
+    let mut frequencies = Frequencies::default();
+    // The leaf by which hypervisors tell frequencies in kHz.
     let timing = 0x4000_0010;
-    let hypervisor = __cpuid_count(1, 0).ecx >> 31 != 0;
-    (hypervisor && (timing..0x4000_1000).contains(&__cpuid_count(0x4000_0000, 0).eax))
-        .then(|| __cpuid_count(timing, 0))
+    if features.hypervisor && (timing..0x4000_1000).contains(&__cpuid_count(0x4000_0000, 0).eax) {
+        let told = __cpuid_count(timing, 0);
+        frequencies.counter = NonZeroU64::new(u64::from(told.eax) * 1000);
+        frequencies.timer = NonZeroU64::new(u64::from(told.ebx) * 1000);
+    }
+    if features.highest_leaf >= 0x15 {
+        let ratio = __cpuid_count(0x15, 0);
+        let crystal = u64::from(ratio.ecx) * u64::from(ratio.ebx);
+        let counter = crystal.checked_div(u64::from(ratio.eax)).unwrap_or(0);
+        frequencies.counter = NonZeroU64::new(counter).or(frequencies.counter);
+    }
+    frequencies
 }
 
 /// The time stamp counter.

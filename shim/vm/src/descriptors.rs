@@ -8,6 +8,8 @@ use crate::cpu::{self, Features, msr};
 use crate::entry::{self, FIRST_INTERRUPT, INTERRUPTS, ProcessorArea};
 
 const CODE: u16 = 0x08;
+/// Ring 0's data selector, by which SYSCALL loads the stack segment; `boot` has it too.
+pub const DATA: u16 = 0x10;
 /// Ring 3's data selector. SYSRET wants data and code in this order.
 pub const USER_DATA: u16 = 0x18 | 3;
 /// Ring 3's code selector.
@@ -17,6 +19,10 @@ const TASK: u16 = 0x28;
 /// Trap stacks in the task state: for traps, and for what should never happen.
 const TRAP_STACK: u8 = 1;
 const PANIC_STACK: u8 = 2;
+
+/// In a gate: ring 3 may use it; and what makes the stack for traps the one for what should never happen.
+const RING_3: u64 = 3 << 45;
+const OTHER_STACK: u64 = ((PANIC_STACK - TRAP_STACK) as u64) << 32;
 
 const BREAKPOINT: usize = 3;
 const NON_MASKABLE: usize = 2;
@@ -72,12 +78,18 @@ unsafe extern "C" {
     static shim_panic_stack_top: u8;
 }
 
-fn gate(handler: u64, stack: u8, ring: u64) -> [u64; 2] {
-    let low = handler & 0xffff
-        | u64::from(CODE) << 16
-        | u64::from(stack) << 32
-        | (0x8e | ring << 5) << 40;
-    [low | (handler >> 16 & 0xffff) << 48, handler >> 32]
+/// Sets gates for handlers that lie 16 bytes apart, on the stack for traps.
+fn set_gates(gates: Option<&mut [[u64; 2]]>, first: *const u8) {
+    let mut handler = first as u64;
+    for slot in gates.unwrap_or_default() {
+        let low = handler & 0xffff
+            | u64::from(CODE) << 16
+            | u64::from(TRAP_STACK) << 32
+            | 0x8e << 40
+            | (handler >> 16 & 0xffff) << 48;
+        *slot = [low, handler >> 32];
+        handler += 16;
+    }
 }
 
 /// Loads everything.
@@ -103,23 +115,17 @@ pub unsafe fn load(features: &Features) {
     segments[6] = address >> 32;
 
     let (exceptions, interrupts) = (
-        addr_of!(entry::exception_gates) as u64,
-        addr_of!(entry::interrupt_gates) as u64,
+        addr_of!(entry::exception_gates),
+        addr_of!(entry::interrupt_gates),
     );
-    for (number, slot) in gates.iter_mut().enumerate() {
-        let handler = match number {
-            0..32 => exceptions + 16 * number as u64,
-            _ if (FIRST_INTERRUPT..FIRST_INTERRUPT + INTERRUPTS).contains(&number) => {
-                interrupts + 16 * (number - FIRST_INTERRUPT) as u64
-            }
-            _ => continue,
-        };
-        let stack = if matches!(number, NON_MASKABLE | DOUBLE_FAULT | MACHINE_CHECK) {
-            PANIC_STACK
-        } else {
-            TRAP_STACK
-        };
-        *slot = gate(handler, stack, if number == BREAKPOINT { 3 } else { 0 });
+    set_gates(gates.get_mut(..32), exceptions);
+    set_gates(
+        gates.get_mut(FIRST_INTERRUPT..FIRST_INTERRUPT + INTERRUPTS),
+        interrupts,
+    );
+    gates[BREAKPOINT][0] |= RING_3;
+    for number in [NON_MASKABLE, DOUBLE_FAULT, MACHINE_CHECK] {
+        gates[number][0] += OTHER_STACK;
     }
     processor.stack = addr_of!(shim_call_stack_top) as usize;
 

@@ -42,17 +42,21 @@ impl Elf {
     ///
     /// A short text for the console.
     pub fn parse(file: &[u8]) -> Result<Self, &'static str> {
-        let half = |offset: usize| u16::from_le_bytes(chunk(file, offset));
-        if file.get(..6) != Some(b"\x7fELF\x02\x01") || half(18) != 62 {
+        let start = file.first_chunk::<64>();
+        let (Some(start), Some(b"\x7fELF\x02\x01")) = (start, file.first_chunk::<6>()) else {
+            return Err("the kernel is not an ELF file for x86-64");
+        };
+        let half = |offset: usize| u16::from_le_bytes(chunk(start, offset));
+        if half(18) != 62 {
             return Err("the kernel is not an ELF file for x86-64");
         }
         if half(16) != 3 {
             return Err("the kernel is not position-independent");
         }
-        let table = u64::from_le_bytes(chunk(file, 32));
+        let table = u64::from_le_bytes(chunk(start, 32));
         let (entry_size, entries) = (u64::from(half(54)), u64::from(half(56)));
         let mut elf = Self {
-            entry: u64::from_le_bytes(chunk(file, 24)),
+            entry: u64::from_le_bytes(chunk(start, 24)),
             size: 0,
             segments: [Segment::default(); MAX_SEGMENTS],
             count: 0,

@@ -56,8 +56,9 @@ impl ProcessorArea {
 #[derive(Debug)]
 pub struct Frame {
     vectors: [[u64; 2]; 16],
-    /// r15 r14 r13 r12 r11 r10 r9 r8 rbp rdi rsi rdx rcx rbx rax.
-    pub registers: [u64; 15],
+    padding: u64,
+    /// The registers that a [`Context`] begins with, in its order, little endian.
+    pub registers: [[u8; 8]; 16],
     /// Number of the exception or interrupt.
     pub vector: u64,
     /// The exception's error code, or 0.
@@ -311,26 +312,31 @@ interrupt_gates:
     .endr
 
 trap_common:
-    push rax
-    push rbx
-    push rcx
-    push rdx
-    push rsi
-    push rdi
-    push rbp
-    push r8
-    push r9
-    push r10
-    push r11
-    push r12
-    push r13
-    push r14
     push r15
+    push r14
+    push r13
+    push r12
+    push r11
+    push r10
+    push r9
+    push r8
+    push qword ptr [rsp + 13 * 8]           // interrupted RSP
+    push rbp
+    push rdi
+    push rsi
+    push rdx
+    push rcx
+    push rbx
+    push rax
     cld
-    test byte ptr [rsp + 17 * 8 + 8], 3
+    // As after a system call. A trap leaves a null stack segment, for which translators of machine code, QEMU's at least, keep all of
+    // ring 0's code a second time.
+    mov eax, {data}
+    mov ss, eax
+    test byte ptr [rsp + 18 * 8 + 8], 3
     jz 2f
     swapgs
-2:  sub rsp, 256
+2:  sub rsp, 264
     movaps [rsp], xmm0
     movaps [rsp + 16], xmm1
     movaps [rsp + 32], xmm2
@@ -365,28 +371,30 @@ trap_common:
     movaps xmm13, [rsp + 208]
     movaps xmm14, [rsp + 224]
     movaps xmm15, [rsp + 240]
-    add rsp, 256
-    test byte ptr [rsp + 17 * 8 + 8], 3
+    add rsp, 264
+    test byte ptr [rsp + 18 * 8 + 8], 3
     jz 3f
     swapgs
-3:  pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rbp
-    pop rdi
-    pop rsi
-    pop rdx
-    pop rcx
+3:  pop rax
     pop rbx
-    pop rax
+    pop rcx
+    pop rdx
+    pop rsi
+    pop rdi
+    pop rbp
+    add rsp, 8
+    pop r8
+    pop r9
+    pop r10
+    pop r11
+    pop r12
+    pop r13
+    pop r14
+    pop r15
     add rsp, 16
     iretq
 "#,
+    data = const crate::descriptors::DATA as i32,
     first = const FIRST_INTERRUPT,
     interrupts = const INTERRUPTS,
 );

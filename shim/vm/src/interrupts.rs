@@ -4,6 +4,7 @@
 //! virtio: write to `InterruptACK`) *before* it looks at what the device has done; then nothing is missed, and a line that stays
 //! raised makes no storm.
 
+use core::num::NonZeroU64;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::boot::VIRTUAL_OFFSET;
@@ -64,8 +65,8 @@ fn write(register: usize, value: u32) {
     unsafe { core::ptr::with_exposed_provenance_mut::<u32>(LOCAL + register).write_volatile(value) }
 }
 
-/// Switches the local controller on and every other source of interrupts off.
-pub fn start() {
+/// Switches the local controller on and every other source of interrupts off. `timer` is the timer's frequency, if it is known.
+pub fn start(timer: Option<NonZeroU64>) {
     // SAFETY: the old controllers' mask registers; without such controllers the bytes go nowhere.
     unsafe {
         cpu::write_port(0x21, 0xff);
@@ -77,8 +78,8 @@ pub fn start() {
     write(local::LINE_1, local::MASKED);
     write(local::PRIORITY, 0);
     write(local::SPURIOUS, 0x100 | SPURIOUS_VECTOR as u32);
-    if let Some(frequency) = cpu::timer_frequency() {
-        TIMER_FREQUENCY.store(frequency, Ordering::Relaxed);
+    if let Some(frequency) = timer {
+        TIMER_FREQUENCY.store(frequency.get(), Ordering::Relaxed);
     }
 }
 
@@ -129,15 +130,16 @@ pub fn enable_line(line: u32) {
         (DISTRIBUTOR_SECOND, line - SECOND_LINES)
     };
     let destination = read(local::ID) & 0xff00_0000;
-    for (register, value) in [
-        (0x11 + 2 * entry, destination),
-        (0x10 + 2 * entry, LINE_VECTOR as u32 + line),
-    ] {
-        // SAFETY: mapped uncached by `tables`, for the shim alone; selecting and writing a redirection entry changes no memory.
-        unsafe {
-            core::ptr::with_exposed_provenance_mut::<u32>(base).write_volatile(register);
-            core::ptr::with_exposed_provenance_mut::<u32>(base + 0x10).write_volatile(value);
-        }
+    write_entry(base, 0x11 + 2 * entry, destination);
+    write_entry(base, 0x10 + 2 * entry, LINE_VECTOR as u32 + line);
+}
+
+/// Writes a register of a distributor: half a redirection entry.
+fn write_entry(base: usize, register: u32, value: u32) {
+    // SAFETY: mapped uncached by `tables`, for the shim alone; selecting and writing a redirection entry changes no memory.
+    unsafe {
+        core::ptr::with_exposed_provenance_mut::<u32>(base).write_volatile(register);
+        core::ptr::with_exposed_provenance_mut::<u32>(base + 0x10).write_volatile(value);
     }
 }
 
@@ -177,26 +179,23 @@ impl Timer {
             / u128::from(TIMER_FREQUENCY.load(Ordering::Relaxed))) as u64
     }
 
-    /// What to write to start the timer, in order: never is it periodic with a short count, not even between two writes. QEMU
-    /// catches up with each period that went by, and hangs for good with one that is shorter than catching up takes.
-    fn order(&self, mode: u32) -> [(usize, u32); 2] {
-        let (mode, count) = ((local::TIMER, mode), (local::INITIAL_COUNT, self.ticks));
-        if self.periodic {
-            [count, mode]
-        } else {
-            [mode, count]
-        }
-    }
-
-    /// Starts the timer anew.
+    /// Starts the timer anew. Never is it periodic with a short count, not even between two writes: QEMU catches up with each period
+    /// that went by, and hangs for good with one that is shorter than catching up takes.
     pub fn start(&self, interrupt: bool) {
-        let mode = if interrupt { 0 } else { local::MASKED }
-            | if self.periodic { local::PERIODIC } else { 0 };
-        let mode = TIMER_VECTOR as u32 | mode;
-        let divider = if self.shift == 7 { 0b1010 } else { 0b1011 };
-        write(local::DIVIDER, divider);
-        for (register, value) in self.order(mode) {
-            write(register, value);
+        let mut mode = TIMER_VECTOR as u32;
+        if !interrupt {
+            mode |= local::MASKED;
+        }
+        write(
+            local::DIVIDER,
+            if self.shift == 7 { 0b1010 } else { 0b1011 },
+        );
+        if self.periodic {
+            write(local::INITIAL_COUNT, self.ticks);
+            write(local::TIMER, mode | local::PERIODIC);
+        } else {
+            write(local::TIMER, mode);
+            write(local::INITIAL_COUNT, self.ticks);
         }
     }
 }

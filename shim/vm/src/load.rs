@@ -11,10 +11,11 @@ use kiln_abi::image::Piece;
 use kiln_shim_vm::command_line::{self, DeviceArgument};
 use kiln_shim_vm::elf::Elf;
 use kiln_shim_vm::memory::{Exhausted, Memory, USER_END};
-use kiln_shim_vm::page::UNCACHED;
+use kiln_shim_vm::page::Kind;
 use kiln_shim_vm::physical::{FRAME, Physical};
+use kiln_shim_vm::start_info::StartInfo;
 
-use crate::clock::{CLOCK_PAGE, Clock};
+use crate::clock::CLOCK_PAGE;
 use crate::cpu::{self, Features, ProcessorTlb};
 use crate::descriptors::PROCESSOR;
 use crate::entry::{self, CALLS, STUB_SIZE};
@@ -43,9 +44,6 @@ pub struct Pieces {
     pub configuration: Piece,
 }
 
-/// What goes wrong for lack of memory.
-const TOO_LITTLE: &str = "too little memory for the kernel: give the machine more (QEMU: -m)";
-
 /// Random bits, from the processor's generator if there is one; otherwise by how long things took so far.
 fn random(features: &Features) -> u64 {
     let time = cpu::counter().wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -59,7 +57,8 @@ fn random_address(features: &Features, start: usize, end: usize, length: usize) 
     start + (random(features) % pages.max(1) as u64) as usize * PAGE_SIZE
 }
 
-/// Hands out addresses for what the kernel sees beside its image, an unmapped page between any two.
+/// Hands out addresses for what the kernel sees beside its image, an unmapped page between any two. Ends the machine when memory
+/// is exhausted.
 struct Places<'a> {
     memory: &'a mut Memory<ProcessorTlb>,
     next: usize,
@@ -67,52 +66,49 @@ struct Places<'a> {
 
 impl Places<'_> {
     /// Maps whole frames around physical memory; the answer is the range of just the bytes asked for.
-    fn fixed(
-        &mut self,
-        piece: Piece,
-        protection: Protection,
-        bits: u64,
-    ) -> Result<MemoryRange, Exhausted> {
+    fn fixed(&mut self, piece: Piece, protection: Protection, kind: Kind) -> MemoryRange {
         if piece.length == 0 {
-            return Ok(MemoryRange::default());
+            return MemoryRange::default();
         }
-        let within = piece.physical % FRAME;
-        let pages = (within + piece.length).div_ceil(FRAME);
+        let within = (piece.physical % FRAME) as usize;
         let start = self.next;
-        self.memory
-            .map_fixed(start, piece.physical - within, pages, protection, bits)?;
-        self.next += (pages as usize + 1) * PAGE_SIZE;
-        Ok(MemoryRange {
-            start: start + within as usize,
+        let whole = (within + piece.length as usize).next_multiple_of(PAGE_SIZE);
+        let first = piece.physical - within as u64;
+        done(self.memory.map_fixed(start, whole, protection, kind, first));
+        self.next += whole + PAGE_SIZE;
+        MemoryRange {
+            start: start + within,
             length: piece.length as usize,
-        })
+        }
     }
 
     /// Maps memory by its source.
-    fn source(
-        &mut self,
-        length: usize,
-        protection: Protection,
-        source: Source,
-    ) -> Result<usize, Exhausted> {
+    fn source(&mut self, length: usize, protection: Protection, source: Source) -> MemoryRange {
+        if length == 0 {
+            return MemoryRange::default();
+        }
         let start = self.next;
         let whole = length.next_multiple_of(PAGE_SIZE);
-        self.memory.map(start, whole, protection, source, 0)?;
+        done(self.memory.map(start, whole, protection, source, 0));
         self.next += whole + PAGE_SIZE;
-        Ok(start)
+        MemoryRange { start, length }
+    }
+}
+
+/// What a mapping gives; ends the machine when memory is exhausted.
+fn done<T, E>(result: Result<T, E>) -> T {
+    match result {
+        Ok(value) => value,
+        Err(_) => crate::fail(format_args!(
+            "too little memory for the kernel: give the machine more (QEMU: -m)"
+        )),
     }
 }
 
 /// Loads the kernel and enters it.
-pub fn run(
-    mut memory: Memory<ProcessorTlb>,
-    mut clock: Clock,
-    features: Features,
-    pieces: Pieces,
-    arguments: &[u8],
-    is_memory: impl Fn(u64) -> bool,
-) -> ! {
-    let physical = memory.physical();
+pub fn run(machine: &mut Machine, pieces: &Pieces, info: &StartInfo) -> ! {
+    let physical = machine.memory.physical();
+    let features = &machine.features;
     let Some(file) = physical.bytes(pieces.kernel.physical, pieces.kernel.length) else {
         crate::fail(format_args!("the image's kernel lies outside of memory"))
     };
@@ -123,46 +119,106 @@ pub fn run(
         )),
     };
     let size = elf.size as usize;
-    let base = random_address(&features, PROGRAM_END, KERNEL_RANGE_START, size);
-    let (Ok(text), Ok((information, stubs, stack))) = (
-        place_kernel(&mut memory, &elf, file, pieces.kernel, base),
-        describe(&mut memory, &features, pieces, arguments, is_memory),
-    ) else {
-        crate::fail(format_args!("{TOO_LITTLE}"))
+    let base = random_address(features, PROGRAM_END, KERNEL_RANGE_START, size);
+    let text = place_kernel(
+        &mut machine.memory,
+        &elf,
+        file,
+        pieces.kernel.physical,
+        base,
+    );
+
+    let lengths = [
+        pieces.kernel,
+        pieces.program,
+        pieces.root,
+        pieces.configuration,
+    ]
+    .map(|piece| piece.length as usize);
+    let length = lengths.iter().sum::<usize>() + SPARE;
+    let next = random_address(features, KERNEL_RANGE_END, USER_END - PAGE_SIZE, length);
+    let mut places = Places {
+        memory: &mut machine.memory,
+        next,
     };
-    let kernel = MemoryRange {
-        start: base,
-        length: size,
+    let (read, write) = (Protection::READ, Protection::READ | Protection::WRITE);
+
+    let stack = places.source(STACK, write, Source::Zero).start + STACK;
+    let frame = |pointer: *const u8| Piece {
+        physical: tables::physical_of(pointer),
+        length: FRAME,
     };
-    clock.finish_start();
+    let stubs = places
+        .fixed(
+            frame(addr_of!(entry::shim_stubs_start)),
+            read | Protection::EXECUTE,
+            Kind::Fixed,
+        )
+        .start;
+    // The clocks expect their page right after the stubs.
+    places.next = stubs + PAGE_SIZE;
+    places.fixed(frame(addr_of!(CLOCK_PAGE).cast()), read, Kind::Fixed);
+
+    let dma_length = (places.memory.left() / 24)
+        .clamp(512 << 10, 4 << 20)
+        .next_multiple_of(FRAME);
+    let dma_piece = Piece {
+        physical: done(places.memory.take_together(dma_length).ok_or(Exhausted)),
+        length: dma_length,
+    };
+    let dma = places.fixed(dma_piece, write, Kind::Fixed);
+    let root = places.source(pieces.root.length as usize, read, Source::Root);
+    let [kernel_file, program, configuration] =
+        [pieces.kernel, pieces.program, pieces.configuration]
+            .map(|piece| places.fixed(piece, read, Kind::Fixed));
+    let mut devices = [MmioDevice::default(); MAX_DEVICES];
+    let device_count = map_devices(&mut places, &mut devices, physical, info) as u32;
+
+    machine.clock.finish_start();
     if let Some(time) = crate::clock::battery_clock() {
         crate::clock::set_realtime(time);
     }
-    let mut information = information;
-    information.kernel = kernel;
-    information.kernel_text = text;
-    information.memory_limit = memory.left();
-    let Ok(address) = publish(&mut memory, &features, &information) else {
-        crate::fail(format_args!("{TOO_LITTLE}"))
+    let information = BootInformation {
+        magic: BOOT_MAGIC,
+        version: VERSION,
+        engine: Engine::Vm as u32,
+        host: interface(stubs),
+        kernel: MemoryRange {
+            start: base,
+            length: size,
+        },
+        kernel_text: text,
+        kernel_file,
+        program,
+        configuration,
+        root,
+        memory_limit: machine.memory.left(),
+        dma,
+        dma_physical: dma_piece.physical,
+        link_descriptor: -1,
+        network_descriptor: -1,
+        device_count,
+        xsave_size: features.xsave_size,
+        xsave_mask: features.xsave_mask,
+        devices,
     };
+    let address = random_address(
+        features,
+        PROGRAM_END,
+        KERNEL_RANGE_START,
+        size_of::<BootInformation>(),
+    );
+    publish(&mut machine.memory, address, &information);
 
-    // SAFETY: nobody else has a reference yet.
+    // SAFETY: nobody else has a reference.
     unsafe { PROCESSOR.get() }.stubs = stubs;
     let clocks = stubs + offset_in_stubs(addr_of!(entry::clock_monotonic));
-    let machine = Machine {
-        memory,
-        clock,
-        features,
-        kernel: base..base + size,
-        kernel_text: text.start..text.start + text.length,
-        stubs: stubs..stubs + PAGE_SIZE,
-        clocks: clocks..stubs + PAGE_SIZE,
-        registered: None,
-        kernel_faulted: false,
-    };
-    // SAFETY: as above. The entry point lies in the kernel's text, which is mapped, as is the stack.
+    machine.kernel = base..base + size;
+    machine.kernel_text = text.start..text.start + text.length;
+    machine.stubs = stubs..stubs + PAGE_SIZE;
+    machine.clocks = clocks..stubs + PAGE_SIZE;
+    // SAFETY: the entry point lies in the kernel's text, which is mapped, as is the stack.
     unsafe {
-        machine.install();
         // As after a call: the stack pointer is 8 below a multiple of 16.
         entry::enter_kernel(address, stack - 8, base + elf.entry as usize)
     }
@@ -173,42 +229,30 @@ fn place_kernel(
     memory: &mut Memory<ProcessorTlb>,
     elf: &Elf,
     file: &[u8],
-    piece: Piece,
+    physical: u64,
     base: usize,
-) -> Result<MemoryRange, Exhausted> {
+) -> MemoryRange {
     let mut text = MemoryRange::default();
     for segment in elf.segments() {
         let first = segment.address & !(FRAME - 1);
+        let start = base + first as usize;
         let end = segment.address + segment.memory_size;
+        let length = (end - first).next_multiple_of(FRAME) as usize;
         let mut protection = Protection::READ;
         protection.set(Protection::WRITE, segment.write);
         protection.set(Protection::EXECUTE, segment.execute);
         if segment.write || segment.memory_size > segment.file_size {
-            let length = (end - first).next_multiple_of(FRAME) as usize;
-            memory.map(
-                base + first as usize,
-                length,
-                Protection::READ | Protection::WRITE,
-                Source::Zero,
-                0,
-            )?;
+            let writable = Protection::READ | Protection::WRITE;
+            done(memory.map(start, length, writable, Source::Zero, 0));
             let bytes =
                 file.get(segment.offset as usize..(segment.offset + segment.file_size) as usize);
-            memory
-                .write(base + segment.address as usize, bytes.unwrap_or_default())
-                .map_err(|_| Exhausted)?;
+            done(memory.write(base + segment.address as usize, bytes.unwrap_or_default()));
             if !segment.write {
-                memory.protect(base + first as usize, length, protection)?;
+                done(memory.protect(start, length, protection));
             }
         } else {
-            let frame = piece.physical + (segment.offset & !(FRAME - 1));
-            memory.map_fixed(
-                base + first as usize,
-                frame,
-                (end - first).div_ceil(FRAME),
-                protection,
-                0,
-            )?;
+            let frame = physical + (segment.offset & !(FRAME - 1));
+            done(memory.map_fixed(start, length, protection, Kind::Fixed, frame));
         }
         if segment.execute {
             text = MemoryRange {
@@ -217,133 +261,50 @@ fn place_kernel(
             };
         }
     }
-    Ok(text)
+    text
 }
 
-/// Maps all that the kernel is told of. The answer also has the address of the stubs and the top of the kernel's stack.
-fn describe(
-    memory: &mut Memory<ProcessorTlb>,
-    features: &Features,
-    pieces: Pieces,
-    arguments: &[u8],
-    is_memory: impl Fn(u64) -> bool,
-) -> Result<(BootInformation, usize, usize), Exhausted> {
-    let sizes = [
-        pieces.kernel,
-        pieces.program,
-        pieces.root,
-        pieces.configuration,
-    ]
-    .map(|piece| piece.length as usize);
-    let length = sizes.iter().sum::<usize>() + SPARE;
-    let next = random_address(features, KERNEL_RANGE_END, USER_END - PAGE_SIZE, length);
-    let mut places = Places { memory, next };
-
-    let stack = places.source(STACK, Protection::READ | Protection::WRITE, Source::Zero)? + STACK;
-    let stubs_frame = Piece {
-        physical: tables::physical_of(addr_of!(entry::shim_stubs_start)),
-        length: FRAME,
-    };
-    let stubs = places
-        .fixed(stubs_frame, Protection::READ | Protection::EXECUTE, 0)?
-        .start;
-    // The clocks expect their page right after the stubs.
-    places.next = stubs + PAGE_SIZE;
-    let clock_frame = Piece {
-        physical: tables::physical_of(addr_of!(CLOCK_PAGE).cast()),
-        length: FRAME,
-    };
-    places.fixed(clock_frame, Protection::READ, 0)?;
-
-    let dma_length = (places.memory.left() / 24)
-        .clamp(512 << 10, 4 << 20)
-        .next_multiple_of(FRAME);
-    let dma_physical = places.memory.take_together(dma_length).ok_or(Exhausted)?;
-    let dma_piece = Piece {
-        physical: dma_physical,
-        length: dma_length,
-    };
-    let dma = places.fixed(dma_piece, Protection::READ | Protection::WRITE, 0)?;
-    let root = if pieces.root.length == 0 {
-        MemoryRange::default()
-    } else {
-        let start = places.source(pieces.root.length as usize, Protection::READ, Source::Root)?;
-        MemoryRange {
-            start,
-            length: pieces.root.length as usize,
-        }
-    };
-    let kernel_file = places.fixed(pieces.kernel, Protection::READ, 0)?;
-    let program = places.fixed(pieces.program, Protection::READ, 0)?;
-    let configuration = places.fixed(pieces.configuration, Protection::READ, 0)?;
-    let mut devices = [MmioDevice::default(); MAX_DEVICES];
-    let count = map_devices(&mut places, &mut devices, arguments, is_memory)?;
-    let information = BootInformation {
-        magic: BOOT_MAGIC,
-        version: VERSION,
-        engine: Engine::Vm as u32,
-        host: interface(stubs),
-        kernel: MemoryRange::default(),
-        kernel_text: MemoryRange::default(),
-        kernel_file,
-        program,
-        configuration,
-        root,
-        memory_limit: 0,
-        dma,
-        dma_physical,
-        link_descriptor: -1,
-        network_descriptor: -1,
-        device_count: count as u32,
-        xsave_size: features.xsave_size,
-        xsave_mask: features.xsave_mask,
-        devices,
-    };
-    Ok((information, stubs, stack))
-}
-
-/// Maps the registers of the devices on the command line that are there, and lets their lines interrupt.
+/// Maps the registers of the devices on the command line that are there, and lets their lines interrupt. The answer is how many.
 fn map_devices(
     places: &mut Places<'_>,
     devices: &mut [MmioDevice; MAX_DEVICES],
-    arguments: &[u8],
-    is_memory: impl Fn(u64) -> bool,
-) -> Result<usize, Exhausted> {
+    physical: Physical,
+    info: &StartInfo,
+) -> usize {
     let mut count = 0;
-    let mut mapped: Option<(u64, usize)> = None;
+    let mut mapped = (0, 0);
     for DeviceArgument {
         size,
         address,
         line,
-    } in command_line::devices(arguments)
+    } in command_line::devices(info.command_line)
     {
         let (frame, within) = (address & !(FRAME - 1), address % FRAME);
         let fits = size >= 0x100 && within.saturating_add(size) <= FRAME && address % 8 == 0;
-        if !fits || address >= 1 << 46 || is_memory(frame) || line >= interrupts::LINES {
+        if !fits
+            || address >= 1 << 46
+            || line >= interrupts::LINES
+            || info.is_memory(physical, frame)
+        {
             continue;
         }
-        let kind = match tables::probe(address + VIRTIO_MAGIC.0) {
-            magic if magic == VIRTIO_MAGIC.1 => tables::probe(address + VIRTIO_KIND),
-            _ => 0,
-        };
-        let Some(slot) = devices.get_mut(count).filter(|_| kind != 0) else {
+        let [magic, kind] = tables::probe(address, [VIRTIO_MAGIC.0, VIRTIO_KIND]);
+        if magic != VIRTIO_MAGIC.1 || kind == 0 {
             continue;
+        }
+        let Some(slot) = devices.get_mut(count) else {
+            break;
         };
-        let page = match mapped {
-            Some((known, page)) if known == frame => page,
-            _ => {
-                let piece = Piece {
-                    physical: frame,
-                    length: FRAME,
-                };
-                places
-                    .fixed(piece, Protection::READ | Protection::WRITE, UNCACHED)?
-                    .start
-            }
-        };
-        mapped = Some((frame, page));
+        if mapped.0 != frame {
+            let piece = Piece {
+                physical: frame,
+                length: FRAME,
+            };
+            let access = Protection::READ | Protection::WRITE;
+            mapped = (frame, places.fixed(piece, access, Kind::Device).start);
+        }
         *slot = MmioDevice {
-            registers: page + within as usize,
+            registers: mapped.1 + within as usize,
             length: size as usize,
             interrupt: line,
             kind,
@@ -351,7 +312,7 @@ fn map_devices(
         interrupts::enable_line(line);
         count += 1;
     }
-    Ok(count)
+    count
 }
 
 fn offset_in_stubs(pointer: *const u8) -> usize {
@@ -375,31 +336,15 @@ fn interface(stubs: usize) -> HostInterface {
     unsafe { core::mem::transmute::<[usize; CALLS], HostInterface>(addresses) }
 }
 
-/// Copies the information to a page of its own that the kernel can read.
-fn publish(
-    memory: &mut Memory<ProcessorTlb>,
-    features: &Features,
-    information: &BootInformation,
-) -> Result<usize, Exhausted> {
+/// Copies the information to a page of its own at `address`, which the kernel can read.
+fn publish(memory: &mut Memory<ProcessorTlb>, address: usize, information: &BootInformation) {
     const SIZE: usize = size_of::<BootInformation>();
-    let address = random_address(features, PROGRAM_END, KERNEL_RANGE_START, SIZE);
     let length = SIZE.next_multiple_of(PAGE_SIZE);
-    memory.map(
-        address,
-        length,
-        Protection::READ | Protection::WRITE,
-        Source::Zero,
-        0,
-    )?;
+    let writable = Protection::READ | Protection::WRITE;
+    done(memory.map(address, length, writable, Source::Zero, 0));
     // SAFETY: the bytes of a structure that was just built; all of its padding is written as it is and never read.
     let bytes =
         unsafe { core::slice::from_raw_parts(core::ptr::from_ref(information).cast::<u8>(), SIZE) };
-    memory.write(address, bytes).map_err(|_| Exhausted)?;
-    memory.protect(address, length, Protection::READ)?;
-    Ok(address)
-}
-
-/// Whether a piece lies in memory.
-pub fn is_within(physical: Physical, piece: Piece) -> bool {
-    physical.contains(piece.physical, piece.length)
+    done(memory.write(address, bytes));
+    done(memory.protect(address, length, Protection::READ));
 }

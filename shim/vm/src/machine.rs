@@ -65,14 +65,28 @@ impl Machine {
         }
     }
 
-    /// Puts the machine in place.
+    /// Puts the machine in place, with no kernel yet.
     ///
     /// # Safety
     ///
     /// As [`Global::get`].
-    pub unsafe fn install(self) {
+    pub unsafe fn install(
+        memory: Memory<ProcessorTlb>,
+        clock: Clock,
+        features: Features,
+    ) -> &'static mut Self {
         // SAFETY: the caller's promise.
-        unsafe { *MACHINE.get() = Some(self) };
+        unsafe { MACHINE.get() }.insert(Self {
+            memory,
+            clock,
+            features,
+            kernel: 0..0,
+            kernel_text: 0..0,
+            stubs: 0..0,
+            clocks: 0..0,
+            registered: None,
+            kernel_faulted: false,
+        })
     }
 
     /// Tells the kernel that there is something to see to.

@@ -47,6 +47,7 @@ use kiln_shim_vm::start_info::StartInfo;
 use crate::clock::Clock;
 use crate::console::Console;
 use crate::load::Pieces;
+use crate::machine::Machine;
 
 /// The addresses that are looked at before the memory map is known.
 const FIRST_WINDOW: u64 = 4 << 30;
@@ -83,31 +84,34 @@ extern "C" fn start(start_info: u32) -> ! {
         descriptors::load(&features);
         tables::window(&features, FIRST_WINDOW)
     };
-    interrupts::start();
+    let frequencies = cpu::frequencies(&features);
+    interrupts::start(frequencies.timer);
     let mut clock = Clock::default();
-    clock.start();
+    clock.start(frequencies.counter);
 
     let Ok(info) = StartInfo::read(physical, u64::from(start_info)) else {
         fail(format_args!(
             "the boot loader gives no PVH start information with a memory map"
         ))
     };
-    let end = info
-        .memory(physical)
-        .filter(|entry| entry.2)
-        .map(|entry| entry.0 + entry.1)
-        .max()
-        .unwrap_or(0);
+    let (mut free, mut end) = (Ranges::new(), 0);
+    // What is said to be in use is not free, whatever else is said of it.
+    for wanted in [true, false] {
+        for (start, length, usable) in info.memory(physical) {
+            if usable != wanted {
+                continue;
+            }
+            if usable {
+                free.add(start, start + length);
+                end = end.max(start + length);
+            } else {
+                free.remove(start, start + length);
+            }
+        }
+    }
     // SAFETY: that is where memory ends.
     let physical = unsafe { tables::window(&features, end) };
     let pieces = find_pieces(physical, &info);
-    let mut free = Ranges::new();
-    info.memory(physical)
-        .filter(|entry| entry.2)
-        .for_each(|(start, length, _)| free.add(start, start + length));
-    info.memory(physical)
-        .filter(|entry| !entry.2)
-        .for_each(|(start, length, _)| free.remove(start, start + length));
     free.remove(DIRECTORY_PHYSICAL, tables::shim_end_physical());
     for piece in [
         pieces.kernel,
@@ -132,18 +136,9 @@ extern "C" fn start(start_info: u32) -> ! {
         pages: pieces.root.length.div_ceil(FRAME),
     };
     let memory = Memory::new(frames, cpu::ProcessorTlb, tables::top(), root);
-    let is_memory = |address| {
-        info.memory(physical)
-            .any(|(start, length, usable)| usable && (start..start + length).contains(&address))
-    };
-    load::run(
-        memory,
-        clock,
-        features,
-        pieces,
-        info.command_line,
-        is_memory,
-    )
+    // SAFETY: called once, before anything else uses the machine.
+    let machine = unsafe { Machine::install(memory, clock, features) };
+    load::run(machine, &pieces, &info)
 }
 
 /// Finds the pieces of the image and the configuration.
@@ -190,7 +185,7 @@ fn find_pieces(physical: Physical, info: &StartInfo) -> Pieces {
         ("program", pieces.program),
         ("root", pieces.root),
     ] {
-        if piece.physical % FRAME != 0 || !load::is_within(physical, piece) {
+        if piece.physical % FRAME != 0 || !physical.contains(piece.physical, piece.length) {
             fail(format_args!(
                 "the image's {name} lies outside of memory: give the machine more (QEMU: -m)"
             ));

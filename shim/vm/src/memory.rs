@@ -213,7 +213,7 @@ impl<T: Tlb> Memory<T> {
         self.change(address, length, Change::Discard)
     }
 
-    /// Maps `pages` frames from `frame` on for good, with extra bits for the processor ([`crate::page::UNCACHED`]).
+    /// Maps `length` bytes from the frame at `physical` on for good; `kind` is [`Kind::Fixed`] or [`Kind::Device`].
     ///
     /// # Errors
     ///
@@ -221,22 +221,21 @@ impl<T: Tlb> Memory<T> {
     pub fn map_fixed(
         &mut self,
         address: usize,
-        frame: u64,
-        pages: u64,
+        length: usize,
         protection: Protection,
-        bits: u64,
+        kind: Kind,
+        physical: u64,
     ) -> Result<(), Exhausted> {
-        for number in 0..pages {
-            let table = self.lowest_table(address + number as usize * PAGE_SIZE)?;
-            let page = Page {
-                kind: Kind::Fixed,
+        self.change(
+            address,
+            length,
+            Change::Map {
+                kind,
                 protection,
-                place: Place::Frame(frame + number * FRAME),
-            };
-            let index = address / PAGE_SIZE + number as usize;
-            self.set(table, index % ENTRIES, page.encode() | bits);
-        }
-        Ok(())
+                index: physical / FRAME,
+                start: address / PAGE_SIZE,
+            },
+        )
     }
 
     /// The frame of the page at `address`, provided now if it has none, for an access.
@@ -360,9 +359,7 @@ impl<T: Tlb> Memory<T> {
                 }
                 frame
             }
-            (Kind::Root | Kind::RootCopy | Kind::Fixed, Place::Index(index)) => {
-                self.root.physical + index * FRAME
-            }
+            (kind, Place::Index(index)) => self.frame_in_place(kind, index),
         };
         Ok(Page {
             place: Place::Frame(frame),
@@ -370,11 +367,11 @@ impl<T: Tlb> Memory<T> {
         })
     }
 
-    /// A page just mapped: those of the root are in memory already.
+    /// A page just mapped: those that are in memory already have their frames.
     fn fresh(&self, kind: Kind, protection: Protection, index: u64) -> Page {
         let place = match kind {
-            Kind::Root => Place::Frame(self.root.physical + index * FRAME),
-            _ => Place::Index(index),
+            Kind::Zero | Kind::Pool => Place::Index(index),
+            _ => Place::Frame(self.frame_in_place(kind, index)),
         };
         Page {
             kind,
@@ -383,21 +380,12 @@ impl<T: Tlb> Memory<T> {
         }
     }
 
-    /// The lowest table for `address`, made if there is none.
-    fn lowest_table(&mut self, address: usize) -> Result<u64, Exhausted> {
-        let number = address / PAGE_SIZE;
-        let (mut table, mut level) = (self.top, TOP);
-        while level > 0 {
-            let index = number / span(level) % ENTRIES;
-            let entry = self.physical().word(table, index);
-            table = match (entry & PRESENT != 0, Page::decode(entry)) {
-                (true, _) => entry & ADDRESS,
-                (false, Some(page)) => self.split(table, index, level, page)?,
-                (false, None) => self.new_table(table, index)?,
-            };
-            level -= 1;
+    /// The frame of a page of the root, or of one that is said by its frame.
+    fn frame_in_place(&self, kind: Kind, index: u64) -> u64 {
+        match kind {
+            Kind::Fixed | Kind::Device => index * FRAME,
+            _ => self.root.physical + index * FRAME,
         }
-        Ok(table)
     }
 
     fn new_table(&mut self, parent: u64, index: usize) -> Result<u64, Exhausted> {
@@ -600,14 +588,7 @@ impl<T: Tlb> Memory<T> {
                 self.release(page);
                 return self.changed_page(0, number, change);
             }
-            Change::Protect(protection) => {
-                // Uncached and the like: bits that the encoding does not know are kept only where nothing changes.
-                if page.protection == protection {
-                    entry
-                } else {
-                    Page { protection, ..page }.encode()
-                }
-            }
+            Change::Protect(protection) => Page { protection, ..page }.encode(),
             Change::Discard => match (page.kind, page.place) {
                 (Kind::Zero, Place::Frame(_)) => {
                     self.release(page);
@@ -657,7 +638,7 @@ impl<T: Tlb> Memory<T> {
                     self.frames.set_note(frame, note - POOL_MAPPING);
                 }
             }
-            Kind::Root | Kind::Fixed => {}
+            Kind::Root | Kind::Fixed | Kind::Device => {}
         }
     }
 

@@ -51,8 +51,10 @@ pub enum Kind {
     RootCopy,
     /// A page of the pool, which owns the frame; the frame's note counts the entries that point to it.
     Pool,
-    /// Set up by the shim for good: the image, devices.
+    /// A frame that stays where it is for good: the image, memory for devices. The index is the frame's number.
     Fixed,
+    /// Registers of a device, uncached; otherwise as [`Kind::Fixed`].
+    Device,
 }
 
 /// Where the contents of a page are.
@@ -85,6 +87,7 @@ impl Page {
             Kind::RootCopy => 3,
             Kind::Pool => 4,
             Kind::Fixed => 5,
+            Kind::Device => 6,
         } << KIND_SHIFT;
         let bits = u64::from(self.protection.bits());
         match self.place {
@@ -101,7 +104,12 @@ impl Page {
                 } else {
                     NO_EXECUTE
                 };
-                kind | PRESENT | USER | TOUCHED | frame | write | fetch
+                let cache = if self.kind == Kind::Device {
+                    UNCACHED
+                } else {
+                    0
+                };
+                kind | PRESENT | USER | TOUCHED | frame | write | fetch | cache
             }
         }
     }
@@ -115,6 +123,7 @@ impl Page {
             3 => Kind::RootCopy,
             4 => Kind::Pool,
             5 => Kind::Fixed,
+            6 => Kind::Device,
             _ => return None,
         };
         let address = entry & ADDRESS;
@@ -164,6 +173,7 @@ mod tests {
             Kind::RootCopy,
             Kind::Pool,
             Kind::Fixed,
+            Kind::Device,
         ];
         let protections = [
             Protection::empty(),

@@ -73,6 +73,13 @@ impl StartInfo {
             Some((start, length, u32_at(&entry, 16) == 1))
         })
     }
+
+    /// Whether there is ordinary memory at an address.
+    #[must_use]
+    pub fn is_memory(&self, physical: Physical, address: u64) -> bool {
+        self.memory(physical)
+            .any(|(start, length, usable)| usable && (start..start + length).contains(&address))
+    }
 }
 
 /// The bytes at `address` up to a zero, at most [`MAX_COMMAND_LINE`].

@@ -39,9 +39,7 @@ static WINDOW_SECOND: [Table; WINDOW_TABLES] = [const { empty() }; WINDOW_TABLES
 static WINDOW_LAST: Table = empty();
 
 unsafe extern "C" {
-    static shim_text_end: u8;
     static shim_rodata_start: u8;
-    static shim_rodata_end: u8;
     static shim_data_start: u8;
     static shim_end: u8;
     static shim_guard_1: u8;
@@ -90,7 +88,6 @@ pub fn top() -> u64 {
 ///
 /// To be called once, at the start.
 pub unsafe fn set_up() {
-    let number = |pointer: *const u8| (pointer as usize - VIRTUAL_OFFSET) / FRAME as usize;
     // SAFETY: called once, so nobody else has references.
     let (top, high, second, last, window, window_second, window_last) = unsafe {
         (
@@ -103,46 +100,44 @@ pub unsafe fn set_up() {
             WINDOW_LAST.entries(),
         )
     };
-    let text = number(addr_of!(crate::entry::shim_stubs_start))..number(addr_of!(shim_text_end));
-    let constants = number(addr_of!(shim_rodata_start))..number(addr_of!(shim_rodata_end));
-    let data = number(addr_of!(shim_data_start))..number(addr_of!(shim_end));
-    let guards = [
+    let text = physical_of(addr_of!(crate::entry::shim_stubs_start));
+    let constants = physical_of(addr_of!(shim_rodata_start));
+    let data = physical_of(addr_of!(shim_data_start));
+    fill(last, text, constants, 0);
+    fill(last, constants, data, NO_EXECUTE);
+    fill(last, data, shim_end_physical(), WRITE | NO_EXECUTE);
+    for guard in [
         addr_of!(shim_guard_1),
         addr_of!(shim_guard_2),
         addr_of!(shim_guard_3),
-    ]
-    .map(number);
-    for (index, slot) in last.iter_mut().enumerate().take(data.end).skip(text.start) {
-        let access = match index {
-            _ if guards.contains(&index) => continue,
-            _ if text.contains(&index) => 0,
-            _ if constants.contains(&index) => NO_EXECUTE,
-            _ => WRITE | NO_EXECUTE,
-        };
-        *slot = (index as u64 * FRAME) | PRESENT | TOUCHED | GLOBAL | access;
+    ] {
+        last[(physical_of(guard) / FRAME) as usize] = 0;
     }
     for (index, physical) in interrupts::PAGES {
         last[index] = physical | PRESENT | WRITE | TOUCHED | GLOBAL | NO_EXECUTE | UNCACHED;
     }
 
-    for (index, slot) in window_last.iter_mut().enumerate() {
-        let write = if index >= text.start && index < data.start {
-            0
-        } else {
-            WRITE
-        };
-        *slot = (index as u64 * FRAME) | PRESENT | TOUCHED | NO_EXECUTE | GLOBAL | write;
-    }
-    window_second[0] = WINDOW_LAST.entry();
-    for (index, slot) in window_second.iter_mut().enumerate().skip(1) {
+    fill(window_last, 0, LARGE_PAGE, WRITE | NO_EXECUTE);
+    fill(window_last, text, data, NO_EXECUTE);
+    for (index, slot) in window_second.iter_mut().enumerate() {
         *slot = large(index as u64 * LARGE_PAGE);
     }
+    window_second[0] = WINDOW_LAST.entry();
     window[0] = WINDOW_SECOND[0].entry();
     top[256] = WINDOW_TOP.entry();
     second[0] = HIGH_LAST.entry();
     high[0] = 0;
     top[0] = 0;
     cpu::reload_tables();
+}
+
+/// Fills the part of a table of the lowest 2 MiB that stands for the physical addresses from `start` to `end`.
+fn fill(table: &mut [u64; 512], start: u64, end: u64, access: u64) {
+    let mut physical = start;
+    while physical < end {
+        table[(physical / FRAME) as usize] = physical | PRESENT | TOUCHED | GLOBAL | access;
+        physical += FRAME;
+    }
 }
 
 fn large(physical: u64) -> u64 {
@@ -180,13 +175,16 @@ pub unsafe fn window(features: &Features, end: u64) -> Physical {
     unsafe { Physical::new(WINDOW, end.min(reached)) }
 }
 
-/// Reads a device's register, four bytes at a physical address.
-pub fn probe(address: u64) -> u32 {
+/// Reads registers of a device, four bytes each, at offsets from a physical address; none lies on another page.
+pub fn probe<const N: usize>(address: u64, offsets: [u64; N]) -> [u32; N] {
     // SAFETY: no other reference is in use: all calls come from the start.
     let last = unsafe { HIGH_LAST.entries() };
     last[PROBE_PAGE] = address & ADDRESS | PRESENT | WRITE | TOUCHED | NO_EXECUTE | UNCACHED;
     cpu::reload_tables();
-    let pointer = VIRTUAL_OFFSET + PROBE_PAGE * FRAME as usize + (address % FRAME) as usize;
-    // SAFETY: just mapped; reading the registers that callers name has no effect.
-    unsafe { core::ptr::with_exposed_provenance::<u32>(pointer & !3).read_volatile() }
+    let page = VIRTUAL_OFFSET + PROBE_PAGE * FRAME as usize;
+    offsets.map(|offset| {
+        let pointer = page + ((address + offset) % FRAME) as usize;
+        // SAFETY: just mapped; reading the registers that callers name has no effect.
+        unsafe { core::ptr::with_exposed_provenance::<u32>(pointer & !3).read_volatile() }
+    })
 }

@@ -4,10 +4,10 @@ use core::fmt;
 use core::mem::offset_of;
 
 use kiln_abi::host::{Context, CpuArea, Protection, TrapKind, fault_flags};
-use kiln_shim_vm::memory::{AccessError, USER_END};
+use kiln_shim_vm::memory::{AccessError, Memory, USER_END};
 
 use crate::clock;
-use crate::cpu;
+use crate::cpu::{self, ProcessorTlb};
 use crate::entry::{self, Frame};
 use crate::interrupts::{self, TIMER_VECTOR};
 use crate::machine::{Machine, Registered};
@@ -102,26 +102,24 @@ fn first_touch(machine: &mut Machine, address: usize, error: u64) -> Option<Trap
 /// A fault in ring 3 that the kernel has to know of.
 fn fault(machine: &mut Machine, frame: &mut Frame, trap: Trap) -> Result<(), AccessError> {
     let rip = frame.rip as usize;
-    let Some(registered) = machine.registered.clone() else {
+    let Some(registered) = &machine.registered else {
         return Err(AccessError::Unmapped);
     };
     if registered.user_copy.contains(&rip) {
         frame.rip = registered.user_copy_fault as u64;
         return Ok(());
     }
+    let memory = &mut machine.memory;
     if !machine.kernel_text.contains(&rip) && !machine.stubs.contains(&rip) {
-        return upcall(machine, frame, trap, true);
+        return upcall(memory, registered, frame, trap, true);
     }
     if machine.kernel_faulted {
         return Err(AccessError::Denied);
     }
     machine.kernel_faulted = true;
-    let word =
-        |machine: &mut Machine, offset: usize| machine.memory.read_word(registered.cpu + offset);
-    let context = word(machine, offset_of!(CpuArea, fault_context))? as usize;
-    let stack = word(machine, offset_of!(CpuArea, fault_stack))?;
-    save(machine, frame, context)?;
-    save_trap(machine, context, trap)?;
+    let context = memory.read_word(registered.cpu + offset_of!(CpuArea, fault_context))? as usize;
+    let stack = memory.read_word(registered.cpu + offset_of!(CpuArea, fault_stack))?;
+    save(memory, frame, context, trap, true)?;
     go(frame, registered.fault_entry, stack);
     Ok(())
 }
@@ -138,21 +136,20 @@ fn event(machine: &mut Machine, frame: &mut Frame, vector: usize) {
     } else if !interrupts::line_waits() {
         return;
     }
-    let Some(registered) = machine.registered.clone() else {
+    let in_kernel = in_kernel(machine, frame);
+    let Some(registered) = &machine.registered else {
         return;
     };
-    let rip = frame.rip as usize;
     let event = Trap {
         kind: TrapKind::Event,
         address: 0,
         flags: 0,
     };
-    let result = if registered.resume.contains(&rip) {
-        upcall(machine, frame, event, false)
-    } else if in_kernel(machine, frame) {
+    let resuming = registered.resume.contains(&(frame.rip as usize));
+    let result = if in_kernel && !resuming {
         machine.set_pending()
     } else {
-        upcall(machine, frame, event, true)
+        upcall(&mut machine.memory, registered, frame, event, !resuming)
     };
     if result.is_err() {
         die(frame);
@@ -172,28 +169,16 @@ fn in_kernel(machine: &mut Machine, frame: &Frame) -> bool {
 
 /// Enters the kernel for the program's trap.
 fn upcall(
-    machine: &mut Machine,
+    memory: &mut Memory<ProcessorTlb>,
+    registered: &Registered,
     frame: &mut Frame,
     trap: Trap,
     store: bool,
 ) -> Result<(), AccessError> {
-    let Some(Registered {
-        cpu, upcall_entry, ..
-    }) = machine.registered.clone()
-    else {
-        return Err(AccessError::Unmapped);
-    };
-    let context = machine
-        .memory
-        .read_word(cpu + offset_of!(CpuArea, context))? as usize;
-    let stack = machine
-        .memory
-        .read_word(cpu + offset_of!(CpuArea, upcall_stack))?;
-    if store {
-        save(machine, frame, context)?;
-    }
-    save_trap(machine, context, trap)?;
-    go(frame, upcall_entry, stack);
+    let context = memory.read_word(registered.cpu + offset_of!(CpuArea, context))? as usize;
+    let stack = memory.read_word(registered.cpu + offset_of!(CpuArea, upcall_stack))?;
+    save(memory, frame, context, trap, store)?;
+    go(frame, registered.upcall_entry, stack);
     Ok(())
 }
 
@@ -203,68 +188,21 @@ fn go(frame: &mut Frame, entry: usize, stack: u64) {
     frame.rflags = KERNEL_FLAGS;
 }
 
-/// The registers in the order of a [`Context`], which begins with them.
-fn registers(frame: &Frame) -> [u64; 18] {
-    let [
-        r15,
-        r14,
-        r13,
-        r12,
-        r11,
-        r10,
-        r9,
-        r8,
-        rbp,
-        rdi,
-        rsi,
-        rdx,
-        rcx,
-        rbx,
-        rax,
-    ] = frame.registers;
-    [
-        rax,
-        rbx,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        rbp,
-        frame.rsp,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-        frame.rip,
-        frame.rflags,
-    ]
-}
-
-/// Stores the registers.
-fn save(machine: &mut Machine, frame: &Frame, context: usize) -> Result<(), AccessError> {
-    write_words(machine, context, &registers(frame))
-}
-
-fn save_trap(machine: &mut Machine, context: usize, trap: Trap) -> Result<(), AccessError> {
-    write_words(
-        machine,
-        context + offset_of!(Context, trap),
-        &[trap.kind as u64, trap.address, trap.flags],
-    )
-}
-
-fn write_words(machine: &mut Machine, address: usize, words: &[u64]) -> Result<(), AccessError> {
-    let mut bytes = [0; 8 * 18];
-    for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
-        chunk.copy_from_slice(&word.to_le_bytes());
+/// Stores what happened in the context, and the registers if they are not there already.
+fn save(
+    memory: &mut Memory<ProcessorTlb>,
+    frame: &Frame,
+    context: usize,
+    trap: Trap,
+    registers: bool,
+) -> Result<(), AccessError> {
+    if registers {
+        memory.write(context, frame.registers.as_flattened())?;
+        let rest = [frame.rip, frame.rflags].map(u64::to_le_bytes);
+        memory.write(context + offset_of!(Context, rip), rest.as_flattened())?;
     }
-    machine
-        .memory
-        .write(address, bytes.get(..8 * words.len()).unwrap_or(&bytes))
+    let trap = [trap.kind as u64, trap.address, trap.flags].map(u64::to_le_bytes);
+    memory.write(context + offset_of!(Context, trap), trap.as_flattened())
 }
 
 /// The general registers in words, four in a line.
@@ -276,8 +214,9 @@ impl fmt::Display for Shown<'_> {
             "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11",
             "r12", "r13", "r14", "r15",
         ];
-        for (index, (name, value)) in NAMES.iter().zip(registers(self.0)).enumerate() {
+        for (index, (name, value)) in NAMES.iter().zip(self.0.registers).enumerate() {
             let before = if index % 4 == 0 { '\n' } else { ' ' };
+            let value = u64::from_le_bytes(value);
             write!(formatter, "{before}{name:3} {value:016x}")?;
         }
         Ok(())
