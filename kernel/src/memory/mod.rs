@@ -8,7 +8,6 @@ mod tests;
 pub mod user;
 
 use alloc::{
-    collections::BTreeMap,
     string::{String, ToString},
     sync::Arc,
     vec::Vec,
@@ -121,7 +120,8 @@ pub enum Placement {
 /// The ranges of a program's memory.
 pub struct AddressSpace {
     host: Host,
-    areas: BTreeMap<usize, Area>,
+    /// Lowest first, none overlapping another.
+    areas: Vec<Area>,
     /// Mappings without a wish are placed below this, growing down.
     map_top: usize,
     /// Start and current end of the heap.
@@ -136,7 +136,7 @@ impl AddressSpace {
     pub fn new(host: Host, map_top: usize) -> AddressSpace {
         AddressSpace {
             host,
-            areas: BTreeMap::new(),
+            areas: Vec::new(),
             map_top: map_top.clamp(MAP_START + PAGE_SIZE, PROGRAM_END),
             heap: (0, 0),
             mapped: 0,
@@ -151,17 +151,20 @@ impl AddressSpace {
 
     /// All ranges, lowest first.
     pub fn areas(&self) -> impl Iterator<Item = &Area> {
-        self.areas.values()
+        self.areas.iter()
+    }
+
+    /// The place in the books of the first range that ends after an address.
+    fn place(&self, address: usize) -> usize {
+        self.areas.partition_point(|area| area.end <= address)
     }
 
     /// The range that an address lies in.
     #[must_use]
     pub fn area_at(&self, address: usize) -> Option<&Area> {
         self.areas
-            .range(..=address)
-            .next_back()
-            .map(|(_, area)| area)
-            .filter(|area| address < area.end)
+            .get(self.place(address))
+            .filter(|area| area.start <= address)
     }
 
     /// Whether an address lies in a mapped range.
@@ -196,59 +199,51 @@ impl AddressSpace {
 
     fn overlaps(&self, start: usize, end: usize) -> bool {
         self.areas
-            .range(..end)
-            .next_back()
-            .is_some_and(|(_, area)| area.end > start)
+            .get(self.place(start))
+            .is_some_and(|area| area.start < end)
     }
 
     /// A free range of `length` bytes below `top`, highest first.
     fn find_free(&self, length: usize, top: usize) -> Option<usize> {
         let mut end = top;
-        loop {
-            let start = end
-                .checked_sub(length)
-                .filter(|&start| start >= MAP_START)?;
-            match self.areas.range(..end).next_back() {
-                Some((_, area)) if area.end > start => end = area.start,
-                _ => return Some(start),
+        for area in self.areas.iter().rev() {
+            if end.saturating_sub(area.end) >= length {
+                break;
             }
-            if end <= MAP_START {
-                return None;
-            }
+            end = end.min(area.start);
         }
+        end.checked_sub(length).filter(|&start| start >= MAP_START)
     }
 
     fn choose(&self, placement: Placement, length: usize) -> Result<usize> {
         let fits = |address: usize| {
-            address.is_multiple_of(PAGE_SIZE)
-                && address >= PROGRAM_START
+            address >= PROGRAM_START
                 && address
                     .checked_add(length)
                     .is_some_and(|end| end <= PROGRAM_END)
         };
         match placement {
-            Placement::Fixed(address) if !address.is_multiple_of(PAGE_SIZE) => Err(Errno::EINVAL),
-            Placement::Fixed(address) if address < PROGRAM_START => Err(Errno::EPERM),
-            Placement::Fixed(address) => fits(address).then_some(address).ok_or(Errno::ENOMEM),
-            Placement::FixedIfFree(address) => {
-                if !address.is_multiple_of(PAGE_SIZE) {
-                    return Err(Errno::EINVAL);
-                }
-                if !fits(address) {
-                    return Err(Errno::ENOMEM);
-                }
-                if self.overlaps(address, address + length) {
-                    Err(Errno::EEXIST)
-                } else {
-                    Ok(address)
-                }
-            }
             Placement::Anywhere(wish) => {
                 let wish = wish & !(PAGE_SIZE - 1);
                 if wish != 0 && fits(wish) && !self.overlaps(wish, wish + length) {
                     return Ok(wish);
                 }
                 self.find_free(length, self.map_top).ok_or(Errno::ENOMEM)
+            }
+            Placement::Fixed(address) | Placement::FixedIfFree(address) => {
+                if !address.is_multiple_of(PAGE_SIZE) {
+                    Err(Errno::EINVAL)
+                } else if address < PROGRAM_START {
+                    Err(Errno::EPERM)
+                } else if !fits(address) {
+                    Err(Errno::ENOMEM)
+                } else if matches!(placement, Placement::FixedIfFree(_))
+                    && self.overlaps(address, address + length)
+                {
+                    Err(Errno::EEXIST)
+                } else {
+                    Ok(address)
+                }
             }
         }
     }
@@ -296,70 +291,55 @@ impl AddressSpace {
         let start = self.choose(placement, length)?;
         let size = file.inode.metadata()?.size;
         // Find out first what is possible, so that a refusal leaves everything as it was.
-        let mut pieces: Vec<(usize, usize, Option<MapSource>)> = Vec::new();
+        let mut pieces: Vec<(usize, Option<MapSource>)> = Vec::new();
         let mut done = 0;
         while done < length {
             let position = file.offset + done as u64;
             let in_file = size.saturating_sub(position);
-            let whole_pages = usize::try_from(in_file).unwrap_or(usize::MAX) & !(PAGE_SIZE - 1);
-            let source = if in_file == 0 {
-                None
-            } else {
-                file.inode.map_source(position)?
+            let rest = (length - done) as u64;
+            let (bytes, source) = match in_file {
+                0 => (rest, None),
+                _ => match file.inode.map_source(position)? {
+                    Some((source, available)) => (available, Some(source)),
+                    None => (in_file, None),
+                },
             };
-            let (piece, source) = match source {
-                Some((MapSource::Root(offset), available)) => {
-                    let pages = usize::try_from(available).unwrap_or(usize::MAX) & !(PAGE_SIZE - 1);
-                    match pages.min(whole_pages).min(length - done) {
-                        0 => (PAGE_SIZE, None),
-                        piece => (piece, Some(MapSource::Root(offset))),
-                    }
-                }
-                Some((MapSource::Pool(offset), available)) => {
-                    let pages = page_round_up(usize::try_from(available).unwrap_or(usize::MAX / 2))
-                        .unwrap_or(0);
-                    (
-                        pages.max(PAGE_SIZE).min(length - done),
-                        Some(MapSource::Pool(offset)),
-                    )
-                }
-                None if in_file == 0 => (length - done, None),
-                None => {
-                    let rest = page_round_up(usize::try_from(in_file).unwrap_or(usize::MAX / 2))
-                        .unwrap_or(PAGE_SIZE);
-                    (rest.max(PAGE_SIZE).min(length - done), None)
-                }
+            // Bytes that are not whole pages of the root are copied, up to the end of their page.
+            let whole = bytes.min(in_file) & !(PAGE_SIZE as u64 - 1);
+            let (bytes, source) = match source {
+                Some(MapSource::Root(_)) if whole == 0 => (1, None),
+                Some(MapSource::Root(_)) => (whole, source),
+                _ => (bytes, source),
             };
-            let copied_in_place = source.is_none() && in_file > 0;
-            let writable = protection.contains(Protection::WRITE);
-            if shared && writable && (copied_in_place || matches!(source, Some(MapSource::Root(_))))
-            {
+            let refused = match source {
+                Some(MapSource::Root(_)) => true,
+                Some(MapSource::Pool(_)) => false,
+                None => in_file > 0,
+            };
+            if refused && shared && protection.contains(Protection::WRITE) {
                 return Err(Errno::ENODEV);
             }
-            pieces.push((done, piece, source));
+            let piece = (bytes.clamp(1, rest) as usize).next_multiple_of(PAGE_SIZE);
+            pieces.push((piece, source));
             done += piece;
         }
         self.forget(start, start + length);
-        for (offset, piece, source) in pieces {
-            let address = start + offset;
+        let mut done = 0;
+        for (piece, source) in pieces {
+            let address = start + done;
+            let source = match source {
+                Some(MapSource::Root(at)) => Some((Source::Root, at)),
+                Some(MapSource::Pool(at)) if shared => Some((Source::Pool, at)),
+                _ => None,
+            };
             match source {
-                Some(MapSource::Root(at)) => {
-                    self.host
-                        .map(address, piece, protection, Source::Root, at)?
+                Some((source, at)) => self.host.map(address, piece, protection, source, at)?,
+                None => {
+                    let position = file.offset + done as u64;
+                    self.map_copied(address, piece, protection, &file, position, size)?;
                 }
-                Some(MapSource::Pool(at)) if shared => {
-                    self.host
-                        .map(address, piece, protection, Source::Pool, at)?;
-                }
-                _ => self.map_copied(
-                    address,
-                    piece,
-                    protection,
-                    &file,
-                    file.offset + offset as u64,
-                    size,
-                )?,
             }
+            done += piece;
         }
         self.remember(Area {
             start,
@@ -439,8 +419,9 @@ impl AddressSpace {
         if !self.is_range_mapped(start, end) {
             return Err(Errno::ENOMEM);
         }
-        let parts = self.cut(start, end);
-        let refused = parts.iter().any(|area| {
+        let (first, after) = (self.split(start), self.split(end));
+        let areas = self.areas.get_mut(first..after).unwrap_or_default();
+        let refused = areas.iter().any(|area| {
             area.flags.contains(AreaFlags::SHARED)
                 && protection.contains(Protection::WRITE)
                 && !area.protection.contains(Protection::WRITE)
@@ -456,11 +437,13 @@ impl AddressSpace {
         } else {
             self.host.protect(start, end - start, protection)
         };
-        for mut area in parts {
-            if result.is_ok() {
+        if result.is_ok() {
+            for area in areas {
                 area.protection = protection;
             }
-            self.remember(area);
+        }
+        for place in (first.saturating_sub(1)..after).rev() {
+            self.join(place);
         }
         result
     }
@@ -641,62 +624,49 @@ impl AddressSpace {
         self.heap
     }
 
-    /// Takes the parts of areas that lie in a range out of the books, and returns them.
-    fn cut(&mut self, start: usize, end: usize) -> Vec<Area> {
-        let mut parts = Vec::new();
-        let first = self
+    /// Makes an address the end of what is before it. Returns the place in the books of what is after it.
+    fn split(&mut self, address: usize) -> usize {
+        let place = self.place(address);
+        let Some(area) = self
             .areas
-            .range(..=start)
-            .next_back()
-            .map_or(start, |(&first, _)| first);
-        let keys: Vec<usize> = self
-            .areas
-            .range(first..end)
-            .filter(|(_, area)| area.end > start)
-            .map(|(&key, _)| key)
-            .collect();
-        for key in keys {
-            let Some(area) = self.areas.remove(&key) else {
-                continue;
-            };
-            if area.start < start {
-                self.areas.insert(area.start, area.slice(area.start, start));
-            }
-            if area.end > end {
-                self.areas.insert(end, area.slice(end, area.end));
-            }
-            let part = area.slice(area.start.max(start), area.end.min(end));
-            self.mapped -= part.end - part.start;
-            parts.push(part);
-        }
-        parts
+            .get_mut(place)
+            .filter(|area| area.start < address)
+        else {
+            return place;
+        };
+        let before = area.slice(area.start, address);
+        *area = area.slice(address, area.end);
+        self.areas.insert(place, before);
+        place + 1
     }
 
+    /// Joins the area at a place in the books with the next, if that continues it.
+    fn join(&mut self, place: usize) {
+        if let Some([area, next]) = self.areas.get_mut(place..place + 2)
+            && area.continues(next)
+        {
+            area.end = next.end;
+            self.areas.remove(place + 1);
+        }
+    }
+
+    /// Takes a range out of the books.
     fn forget(&mut self, start: usize, end: usize) {
-        self.cut(start, end);
+        let (first, after) = (self.split(start), self.split(end));
+        for area in self.areas.drain(first..after) {
+            self.mapped -= area.end - area.start;
+        }
     }
 
     /// Puts an area into the books, joined with neighbours that it continues.
-    fn remember(&mut self, mut area: Area) {
+    fn remember(&mut self, area: Area) {
         self.mapped += area.end - area.start;
-        if let Some((&key, before)) = self.areas.range(..area.start).next_back()
-            && before.continues(&area)
-        {
-            let before = before.clone();
-            self.areas.remove(&key);
-            area = Area {
-                end: area.end,
-                ..before
-            };
+        let place = self.place(area.start);
+        self.areas.insert(place, area);
+        self.join(place);
+        if let Some(before) = place.checked_sub(1) {
+            self.join(before);
         }
-        if let Some(after) = self.areas.get(&area.end)
-            && area.continues(after)
-        {
-            let end = after.end;
-            self.areas.remove(&area.end.clone());
-            area.end = end;
-        }
-        self.areas.insert(area.start, area);
     }
 }
 
