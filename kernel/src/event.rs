@@ -122,16 +122,18 @@ impl Events {
         !self.deferred.lock().is_empty()
     }
 
-    /// Delivers what was deferred.
-    pub fn dispatch_deferred(&self) {
+    /// Delivers what was deferred. The result says how many events that were.
+    pub fn dispatch_deferred(&self) -> usize {
+        let mut delivered = 0;
         loop {
             let events = core::mem::take(&mut *self.deferred.lock());
             if events.is_empty() {
-                return;
+                return delivered;
             }
-            for event in events {
-                self.dispatch(event);
+            for event in &events {
+                self.dispatch(*event);
             }
+            delivered += events.len();
         }
     }
 
@@ -139,11 +141,7 @@ impl Events {
     /// them, after the deferred ones. Returns after one batch, or at once if there were deferred events.
     /// The result says how many events were delivered.
     pub fn wait(&self, host: &Host, deadline: u64) -> usize {
-        let mut delivered = 0;
-        if self.has_deferred() {
-            self.dispatch_deferred();
-            delivered += 1;
-        }
+        let delivered = self.dispatch_deferred();
         let mut events = [Event::default(); BATCH];
         let count = host.wait(&mut events, if delivered > 0 { 0 } else { deadline });
         for event in events.iter().take(count) {

@@ -4,22 +4,29 @@ use alloc::vec::Vec;
 
 use kiln_abi::link::{HEADER, MAX_PAYLOAD, parse_header};
 
+/// Bytes asked of the stream at a time: at first, and when it has much.
+const LEAST_ROOM: usize = 4 << 10;
+const MOST_ROOM: usize = 64 << 10;
+
 /// A buffer of received bytes.
 #[derive(Default)]
 pub(super) struct FrameReader {
     buffer: Vec<u8>,
+    /// Bytes asked for next.
+    room: usize,
     start: usize,
     end: usize,
 }
 
 impl FrameReader {
-    /// At least `least` bytes of room behind what was received.
-    pub(super) fn space(&mut self, least: usize) -> &mut [u8] {
+    /// Room behind what was received: the more, the more came before.
+    pub(super) fn space(&mut self) -> &mut [u8] {
+        let least = self.room.max(LEAST_ROOM);
         if self.start == self.end {
             self.start = 0;
             self.end = 0;
             // One large reply does not keep its room for ever.
-            if self.buffer.len() > 4 * least {
+            if self.buffer.len() > 4 * MOST_ROOM {
                 self.buffer = Vec::new();
             }
         }
@@ -42,6 +49,9 @@ impl FrameReader {
     /// Says that `count` bytes were put at the start of [`FrameReader::space`].
     pub(super) fn filled(&mut self, count: usize) {
         self.end = (self.end + count).min(self.buffer.len());
+        if self.end == self.buffer.len() {
+            self.room = MOST_ROOM;
+        }
     }
 
     /// Length of the first frame with its header, if that has come and is allowed.

@@ -33,9 +33,6 @@ pub use stream::{ByteStream, DescriptorStream};
 
 use frame::FrameReader;
 
-/// Bytes asked of the stream at a time.
-const CHUNK: usize = 64 << 10;
-
 /// Frames that may wait before the log's lines wait for them to leave.
 const MANY_WAITING: usize = 64;
 
@@ -364,7 +361,7 @@ impl Link {
     fn fill(&self, state: &mut State) {
         while !state.broken {
             let mut descriptors = [-1; DESCRIPTORS];
-            let room = state.reader.space(CHUNK);
+            let room = state.reader.space();
             let asked = room.len();
             let (count, descriptor_count) = match self.stream.receive(room, &mut descriptors) {
                 Ok((0, _)) => return self.fail(state, Errno::EPIPE),

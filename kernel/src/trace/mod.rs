@@ -4,7 +4,7 @@
 //! console, with a prefix that the program's own output does not have. What is shown is set for each
 //! topic by the run's `log` option: `syscall=trace,net=debug,info`.
 
-use alloc::{collections::BTreeMap, string::String, sync::Arc, vec::Vec};
+use alloc::{string::String, sync::Arc, vec::Vec};
 use core::{
     fmt::{self, Write},
     sync::atomic::{AtomicBool, Ordering},
@@ -57,7 +57,7 @@ pub struct Log {
     host: Host,
     output: Mutex<Output>,
     default: Level,
-    topics: BTreeMap<String, Level>,
+    topics: Vec<(String, Level)>,
     trace_system_calls: AtomicBool,
     /// What has been said and is to be said only once.
     said: Mutex<Vec<u64>>,
@@ -71,32 +71,36 @@ impl Log {
             host,
             output: Mutex::new(Output::Kept(Vec::new())),
             default: Level::Warning,
-            topics: BTreeMap::new(),
+            topics: Vec::new(),
             trace_system_calls: AtomicBool::new(false),
             said: Mutex::new(Vec::new()),
         };
-        for part in filter
-            .unwrap_or("")
-            .split(',')
-            .filter(|part| !part.is_empty())
-        {
+        if let Some(filter) = filter {
+            log.read_filter(filter);
+        }
+        let trace = log.enabled("syscall", Level::Trace);
+        log.trace_system_calls.store(trace, Ordering::Relaxed);
+        log
+    }
+
+    /// Takes over what a filter says.
+    fn read_filter(&mut self, filter: &str) {
+        for part in filter.split(',').filter(|part| !part.is_empty()) {
             let (topic, level) = part
                 .split_once('=')
                 .map_or((None, part), |(topic, level)| (Some(topic), level));
             match (topic, Level::parse(level)) {
-                (None, Some(level)) => log.default = level,
+                (None, Some(level)) => self.default = level,
                 (Some(topic), Some(level)) => {
-                    log.topics.insert(topic.into(), level);
+                    self.topics.retain(|known| known.0 != topic);
+                    self.topics.push((topic.into(), level));
                 }
-                (_, None) => log.write(
+                (_, None) => self.write(
                     Level::Warning,
                     format_args!("log filter `{part}` has no level; levels are error, warning, info, debug, trace"),
                 ),
             }
         }
-        let trace = log.enabled("syscall", Level::Trace);
-        log.trace_system_calls.store(trace, Ordering::Relaxed);
-        log
     }
 
     /// Whether messages of a topic and level are shown.
@@ -106,9 +110,9 @@ impl Log {
             return true;
         }
         // A topic is a part of a module's path: `net` covers `kiln_kernel::net::stack`.
-        topic
-            .split("::")
-            .any(|part| self.topics.get(part).is_some_and(|&shown| level <= shown))
+        self.topics
+            .iter()
+            .any(|(name, shown)| level <= *shown && topic.split("::").any(|part| part == name))
     }
 
     /// Writes a line, whatever the filter says.
