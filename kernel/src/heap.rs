@@ -1,11 +1,64 @@
 //! The kernel's heap: the allocator talc over a range that is as large as the instance's memory. Pages are
 //! provided when they are first touched, so an unused heap costs nothing.
 
-use kiln_abi::host::{BootInformation, KERNEL_RANGE_START, Protection, Source};
+use core::alloc::{GlobalAlloc, Layout};
+
+use kiln_abi::host::{BootInformation, KERNEL_RANGE_START, PAGE_SIZE, Protection, Source};
 use talc::{TalcLock, source::Manual};
 
 #[global_allocator]
-static HEAP: TalcLock<spin::Mutex<()>, Manual> = TalcLock::new(Manual);
+static HEAP: Heap = Heap(TalcLock::new(Manual));
+
+/// The allocator; large zeroed blocks, such as the buffers of connections, are not written but given back to the host, of whose
+/// pages each is zero when it is first touched.
+struct Heap(TalcLock<spin::Mutex<()>, Manual>);
+
+/// Bytes from which a call of the host costs less than writing.
+const LARGE: usize = 32 << 10;
+
+// SAFETY: as for the allocator within: `alloc_zeroed` changes nothing but bytes of the block that it hands out.
+unsafe impl GlobalAlloc for Heap {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        let block = unsafe { self.0.alloc(layout) };
+        if block.is_null() {
+            return block;
+        }
+        let length = layout.size();
+        let pages = block.align_offset(PAGE_SIZE);
+        let whole = length.saturating_sub(pages) & !(PAGE_SIZE - 1);
+        let given_back = length >= LARGE
+            && crate::runtime::boot()
+                .is_some_and(|boot| (boot.host.discard)(block.addr() + pages, whole) == 0);
+        // SAFETY: both ranges lie within the block.
+        unsafe {
+            if given_back {
+                block.write_bytes(0, pages);
+                block
+                    .add(pages + whole)
+                    .write_bytes(0, length - pages - whole);
+            } else {
+                block.write_bytes(0, length);
+            }
+        }
+        block
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.dealloc(block, layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, length: usize) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.realloc(block, layout, length) }
+    }
+}
 
 /// Distance between the possible starts of the heap.
 const STEP: usize = 2 << 20;
@@ -26,7 +79,7 @@ pub fn start(boot: &BootInformation) -> Result<(), ()> {
         return Err(());
     }
     // SAFETY: the range was just mapped for this, and nobody else knows of it.
-    unsafe { HEAP.lock().claim(base as *mut u8, length) }
+    unsafe { HEAP.0.lock().claim(base as *mut u8, length) }
         .map(drop)
         .ok_or(())
 }
