@@ -252,8 +252,14 @@ fn a_frame_larger_than_the_buffer_is_put_together() {
 
 fn lines(bytes: &[u8]) -> Vec<String> {
     let mut reader = FrameReader::default();
-    reader.space(bytes.len())[..bytes.len()].copy_from_slice(bytes);
-    reader.filled(bytes.len());
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let room = reader.space();
+        let (piece, after) = rest.split_at(rest.len().min(room.len()));
+        room[..piece.len()].copy_from_slice(piece);
+        reader.filled(piece.len());
+        rest = after;
+    }
     let mut lines = Vec::new();
     while let Ok(Some((channel, payload))) = reader.next_frame() {
         assert_eq!(channel, CONTROL);

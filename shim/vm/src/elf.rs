@@ -33,6 +33,7 @@ pub struct Elf {
     pub size: u64,
     segments: [Segment; MAX_SEGMENTS],
     count: usize,
+    entry_is_text: bool,
 }
 
 impl Elf {
@@ -60,6 +61,7 @@ impl Elf {
             size: 0,
             segments: [Segment::default(); MAX_SEGMENTS],
             count: 0,
+            entry_is_text: false,
         };
         for index in 0..entries {
             let header = table
@@ -82,11 +84,7 @@ impl Elf {
             };
             elf.add(segment, file.len() as u64)?;
         }
-        if !elf
-            .segments()
-            .iter()
-            .any(|s| s.execute && (s.address..s.address + s.memory_size).contains(&elf.entry))
-        {
+        if !elf.entry_is_text {
             return Err("the kernel's entry point is not in its text");
         }
         Ok(elf)
@@ -118,6 +116,7 @@ impl Elf {
             .get_mut(self.count)
             .ok_or("the kernel has too many segments")?;
         *slot = segment;
+        self.entry_is_text |= segment.execute && (segment.address..end).contains(&self.entry);
         self.count += 1;
         self.size = end.next_multiple_of(FRAME);
         Ok(())
