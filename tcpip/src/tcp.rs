@@ -288,6 +288,11 @@ impl Tcp {
         self.tuples.iter().any(|tuple| tuple.local.port() == port)
     }
 
+    fn bind(&mut self, port: u16, id: SocketId) {
+        let place = self.bound_from(port);
+        self.bound.insert(place, (port, id));
+    }
+
     fn unbind(&mut self, id: SocketId) {
         self.bound.retain(|(_, other)| *other != id);
     }
@@ -594,21 +599,43 @@ impl Stack {
             let port = self.tcp_free_port(|tcp, port| !tcp.is_bound(port) && !tcp.is_used(port));
             address.set_port(port.ok_or(Error::AddressInUse)?);
         } else {
-            self.tcp_check_bind(id, address, options)?;
+            self.tcp_check_bind(Some(id), address, options)?;
         }
-        let place = self.tcp.bound_from(address.port());
-        self.tcp.bound.insert(place, (address.port(), id));
+        self.tcp.bind(address.port(), id);
         if let Some(Socket::TcpIdle(idle)) = self.sockets.get_mut(id) {
             idle.bound = Some(address);
         }
         Ok(())
     }
 
+    /// A new socket that listens on an unspecified address, as one with `SO_REUSEADDR` would.
+    ///
+    /// # Errors
+    /// `AddressInUse`; `AddressNotAvailable` when the address is that of one interface.
+    pub fn tcp_open_listener(
+        &mut self,
+        bound: SocketAddr,
+        backlog: usize,
+    ) -> Result<SocketId, Error> {
+        if !bound.ip().is_unspecified() {
+            return Err(Error::AddressNotAvailable);
+        }
+        let options = Options {
+            reuse_address: true,
+            ..Options::default()
+        };
+        self.tcp_check_bind(None, bound, options)?;
+        let listener = Listener::new(bound, options, backlog);
+        let id = self.sockets.insert(Socket::TcpListener(listener));
+        self.tcp.bind(bound.port(), id);
+        Ok(id)
+    }
+
     /// Linux's rules: a bound address is free for another socket only if both allow reuse and none listens; one that
     /// only has connections, if the new one allows reuse.
     fn tcp_check_bind(
         &self,
-        id: SocketId,
+        id: Option<SocketId>,
         address: SocketAddr,
         options: Options,
     ) -> Result<(), Error> {
@@ -621,7 +648,7 @@ impl Stack {
                 Some(Socket::TcpListener(listener)) => (listener.bound, listener.options, true),
                 _ => continue,
             };
-            if other != id
+            if Some(other) != id
                 && overlap(address, options.only_v6, bound, other_options.only_v6)
                 && (listens || !options.reuse_address || !other_options.reuse_address)
             {
@@ -681,15 +708,8 @@ impl Stack {
         if taken {
             return Err(Error::AddressInUse);
         }
-        let listener = Listener {
-            bound,
-            options,
-            backlog: backlog.max(1),
-            queue: VecDeque::new(),
-            event_queued: false,
-        };
         if let Some(socket) = self.sockets.get_mut(id) {
-            *socket = Socket::TcpListener(Box::new(listener));
+            *socket = Socket::TcpListener(Listener::new(bound, options, backlog));
         }
         Ok(())
     }
@@ -1829,6 +1849,16 @@ impl Connection {
 }
 
 impl Listener {
+    fn new(bound: SocketAddr, options: Options, backlog: usize) -> Box<Listener> {
+        Box::new(Listener {
+            bound,
+            options,
+            backlog: backlog.max(1),
+            queue: VecDeque::new(),
+            event_queued: false,
+        })
+    }
+
     /// The owner has taken the event.
     pub(crate) fn event_taken(&mut self) {
         self.event_queued = false;

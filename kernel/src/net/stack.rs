@@ -529,17 +529,11 @@ impl Network for StackNetwork {
         }
         // One listener takes a port's connections to all addresses, known now or later; the kernel's own table says whose
         // they are.
-        let id = inner.stack.tcp_open();
         let any = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port);
-        let result = inner
+        let id = inner
             .stack
-            .tcp_set_reuse_address(id, true)
-            .and_then(|()| inner.stack.tcp_bind(id, any))
-            .and_then(|()| inner.stack.tcp_listen(id, backlog.max(16)));
-        if let Err(error) = result {
-            inner.stack.close(id);
-            return Err(errno(error));
-        }
+            .tcp_open_listener(any, backlog.max(16))
+            .map_err(errno)?;
         inner.set_target(id, Target::Listener(port));
         let address = SocketAddr::new(scope.ip, port);
         let listening = Listening {

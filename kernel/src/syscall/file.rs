@@ -289,10 +289,15 @@ fn read(call: &mut Call<'_>) -> Outcome {
         call.raw(1),
         call.raw(2).min(MAX_TRANSFER as u64)
     ));
+    read_range(call.thread, &file, range)
+}
+
+/// `read(2)`, and `recv(2)` without flags.
+pub(super) fn read_range(thread: &Arc<Thread>, file: &Arc<OpenFile>, range: UserRange) -> Outcome {
     match file.read(&mut Sink::user(range)) {
         Err(Errno::EAGAIN) => {
-            let again = Arc::clone(&file);
-            wait_for(call.thread, &file, Readiness::READABLE, move || {
+            let again = Arc::clone(file);
+            wait_for(thread, file, Readiness::READABLE, move || {
                 again.read(&mut Sink::user(range))
             })
         }

@@ -10,7 +10,7 @@ use linux_raw_sys::{
 
 use super::{
     Call, Entry, Outcome, Restart,
-    file::{attempt, is_interrupted},
+    file::{attempt, is_interrupted, read_range},
     path,
 };
 use crate::{
@@ -706,9 +706,12 @@ fn recvfrom(call: &mut Call<'_>) -> Outcome {
         call.raw(1),
         call.raw(2).min(MAX_TRANSFER as u64)
     ));
+    let (pointer, length_pointer) = (call.raw(4), call.raw(5));
+    if flags == 0 && pointer == 0 {
+        return read_range(call.thread, &file, range);
+    }
     let non_blocking = file.is_non_blocking() || flags & net::MSG_DONTWAIT != 0;
     let peek = flags & net::MSG_PEEK != 0;
-    let (pointer, length_pointer) = (call.raw(4), call.raw(5));
     let again = Arc::clone(&file);
     let mut gathered = Gathered::new(&file, flags, range.length);
     let attempt = move || {
