@@ -13,8 +13,8 @@ static HEAP: Heap = Heap(TalcLock::new(Manual));
 /// pages each is zero when it is first touched.
 struct Heap(TalcLock<spin::Mutex<()>, Manual>);
 
-/// Bytes from which a call of the host costs less than writing.
-const LARGE: usize = 32 << 10;
+/// Bytes of a large block: more than what is taken for one transfer, which is filled at once, so that writing it is cheaper.
+const LARGE: usize = 128 << 10;
 
 // SAFETY: as for the allocator within: `alloc_zeroed` changes nothing but bytes of the block that it hands out.
 unsafe impl GlobalAlloc for Heap {
