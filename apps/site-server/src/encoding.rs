@@ -41,6 +41,9 @@ impl Encoding {
 /// The codings that the client accepts, best first.
 #[must_use]
 pub fn accepted(headers: &HeaderMap) -> Vec<Encoding> {
+    if !headers.contains_key(&ACCEPT_ENCODING) {
+        return Vec::new();
+    }
     let mut weights = [None; Encoding::ALL.len()];
     let mut wildcard = None;
     for value in headers.get_all(ACCEPT_ENCODING) {

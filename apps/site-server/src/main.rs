@@ -13,7 +13,9 @@
 #![cfg_attr(all(target_env = "gnu", not(test)), no_main)]
 
 mod body;
+mod clock;
 mod condition;
+mod connection;
 mod encoding;
 mod find;
 mod log;

@@ -1,8 +1,8 @@
 //! From a request to a response.
 
 use std::{
-    hash::Hasher as _,
     io,
+    path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -16,7 +16,6 @@ use hyper::{
         X_CONTENT_TYPE_OPTIONS,
     },
 };
-use mime_guess::Mime;
 use twox_hash::XxHash3_64;
 
 use crate::{
@@ -96,13 +95,13 @@ impl Site {
                 .and_then(condition::whole_seconds),
         };
         let verdict = condition::evaluate(headers, &validators);
-        let mut response = Response::new(SiteBody::empty());
-        insert(&mut response, ETAG, value(&validators.tag)?);
+        let mut response = empty(StatusCode::OK);
+        insert_text(&mut response, ETAG, &validators.tag)?;
         if let Some(modified) = validators.modified {
             let date = httpdate::fmt_http_date(modified);
-            insert(&mut response, LAST_MODIFIED, value(&date)?);
+            insert_text(&mut response, LAST_MODIFIED, &date)?;
         }
-        let caching = if kind.subtype() == "html" || kind.subtype() == "xml" {
+        let caching = if matches!(subtype(kind), "html" | "xml") {
             // Pages and feeds change in place: ask each time, and mostly hear 304.
             HeaderValue::from_static("no-cache")
         } else {
@@ -132,7 +131,7 @@ impl Site {
             ACCEPT_RANGES,
             HeaderValue::from_static("bytes"),
         );
-        describe(&mut response, &kind, encoding)?;
+        describe(&mut response, kind, encoding)?;
         let selection = match headers.get(RANGE).map(HeaderValue::to_str) {
             Some(Ok(range)) if !head && condition::range_applies(headers, &validators) => {
                 range::select(range, size)
@@ -144,16 +143,12 @@ impl Site {
             Selection::Part { start, length } => {
                 *response.status_mut() = StatusCode::PARTIAL_CONTENT;
                 let range = format!("bytes {start}-{}/{size}", start + length - 1);
-                insert(&mut response, CONTENT_RANGE, value(&range)?);
+                insert_text(&mut response, CONTENT_RANGE, &range)?;
                 (start, length)
             }
             Selection::Unsatisfiable => {
                 let mut response = text(StatusCode::RANGE_NOT_SATISFIABLE, head);
-                insert(
-                    &mut response,
-                    CONTENT_RANGE,
-                    value(&format!("bytes */{size}"))?,
-                );
+                insert_text(&mut response, CONTENT_RANGE, &format!("bytes */{size}"))?;
                 return Ok(response);
             }
         };
@@ -171,8 +166,7 @@ impl Site {
         };
         let chosen = self.choose(headers, found);
         let length = chosen.found.metadata.len();
-        let mut response = Response::new(SiteBody::empty());
-        *response.status_mut() = StatusCode::NOT_FOUND;
+        let mut response = empty(StatusCode::NOT_FOUND);
         if chosen.varies {
             insert(
                 &mut response,
@@ -180,7 +174,7 @@ impl Site {
                 HeaderValue::from_static("Accept-Encoding"),
             );
         }
-        describe(&mut response, &chosen.kind, chosen.encoding)?;
+        describe(&mut response, chosen.kind, chosen.encoding)?;
         insert(&mut response, CONTENT_LENGTH, HeaderValue::from(length));
         if !head {
             *response.body_mut() = content(chosen.found, None, 0, length);
@@ -190,8 +184,8 @@ impl Site {
 
     /// Takes a precompressed file in place of the original where the client accepts one.
     fn choose(&self, headers: &HeaderMap, found: Found) -> Chosen {
-        let kind = mime_guess::from_path(&found.path).first_or_octet_stream();
-        let varies = is_compressible(&kind);
+        let kind = kind(&found.path);
+        let varies = is_compressible(kind);
         let mut chosen = Chosen {
             found,
             kind,
@@ -216,29 +210,29 @@ impl Site {
 struct Chosen {
     found: Found,
     /// Content type of the original.
-    kind: Mime,
+    kind: &'static str,
     encoding: Option<Encoding>,
     /// Whether another client could get another one.
     varies: bool,
 }
 
-/// An entity tag: a hash of the file's size, time and content. Of large files only the beginning and the end
-/// count, so that the first byte does not wait for the last; size and time tell their versions
-/// apart.
+/// An entity tag: the file's size and a hash of its content. Of large files only the beginning and the end count, so that
+/// the first byte does not wait for the last, and their time: size and time tell their versions apart.
 fn tag(found: &Found, small: Option<&Bytes>, encoding: Option<Encoding>) -> io::Result<String> {
-    let mut hasher = XxHash3_64::new();
-    hasher.write(encoding.map_or("", Encoding::name).as_bytes());
     let size = found.metadata.len();
-    match small {
-        Some(bytes) => hasher.write(bytes),
+    let hash = match small {
+        Some(bytes) => XxHash3_64::oneshot(bytes),
         None => {
-            hasher.write(&body::read(&found.file, 0, CHUNK)?);
-            hasher.write(&body::read(&found.file, size - CHUNK as u64, CHUNK)?);
+            let mut sample = body::read(&found.file, 0, CHUNK)?.to_vec();
+            sample.extend_from_slice(&body::read(&found.file, size - CHUNK as u64, CHUNK)?);
             let modified = found.metadata.modified().unwrap_or(UNIX_EPOCH);
-            hasher.write(&nanoseconds(modified).to_le_bytes());
+            sample.extend_from_slice(&nanoseconds(modified).to_le_bytes());
+            XxHash3_64::oneshot(&sample)
         }
-    }
-    Ok(format!("\"{size:x}-{:016x}\"", hasher.finish()))
+    };
+    // The same content under another coding is another representation.
+    let suffix = encoding.map_or("", Encoding::suffix);
+    Ok(format!("\"{size:x}-{hash:016x}{suffix}\""))
 }
 
 fn nanoseconds(time: SystemTime) -> u128 {
@@ -267,15 +261,14 @@ fn content(found: Found, small: Option<Bytes>, start: u64, length: u64) -> SiteB
 /// Sets what says how to read the body.
 fn describe(
     response: &mut Response<SiteBody>,
-    kind: &Mime,
+    kind: &'static str,
     encoding: Option<Encoding>,
 ) -> io::Result<()> {
-    let kind = if is_text(kind) {
-        value(&format!("{kind}; charset=utf-8"))?
+    if is_text(kind) {
+        insert_text(response, CONTENT_TYPE, &[kind, "; charset=utf-8"].concat())?;
     } else {
-        value(kind.as_ref())?
-    };
-    insert(response, CONTENT_TYPE, kind);
+        insert(response, CONTENT_TYPE, HeaderValue::from_static(kind));
+    }
     insert(
         response,
         X_CONTENT_TYPE_OPTIONS,
@@ -291,30 +284,42 @@ fn describe(
     Ok(())
 }
 
-fn is_text(kind: &Mime) -> bool {
-    kind.type_() == "text"
-        || kind
-            .suffix()
-            .is_some_and(|suffix| suffix == "xml" || suffix == "json")
-        || ["javascript", "json", "xml"]
-            .iter()
-            .any(|name| kind.subtype() == *name)
+/// The content type of a file, by its name.
+fn kind(path: impl AsRef<Path>) -> &'static str {
+    mime_guess::from_path(path)
+        .first_raw()
+        .unwrap_or("application/octet-stream")
+}
+
+/// What stands behind the slash of a content type, without `+xml` and the like.
+fn subtype(kind: &str) -> &str {
+    let subtype = kind.split_once('/').map_or("", |(_, subtype)| subtype);
+    subtype
+        .split_once('+')
+        .map_or(subtype, |(subtype, _)| subtype)
+}
+
+fn is_text(kind: &str) -> bool {
+    kind.starts_with("text/")
+        || kind.ends_with("+xml")
+        || kind.ends_with("+json")
+        || matches!(subtype(kind), "javascript" | "json" | "xml")
 }
 
 /// Whether compressing such files ahead of time is worth while; only then are siblings looked for.
-fn is_compressible(kind: &Mime) -> bool {
+fn is_compressible(kind: &str) -> bool {
     is_text(kind)
-        || ["wasm", "x-font-ttf", "octet-stream", "pdf"]
-            .iter()
-            .any(|name| kind.subtype() == *name)
-        || kind.type_() == "font" && !kind.subtype().as_str().starts_with("woff")
+        || matches!(
+            subtype(kind),
+            "wasm" | "x-font-ttf" | "octet-stream" | "pdf"
+        )
+        || kind.starts_with("font/") && !subtype(kind).starts_with("woff")
 }
 
 /// A response with a line of text for its status.
 fn text(status: StatusCode, head: bool) -> Response<SiteBody> {
     let line = format!("{status}\n");
-    let mut response = Response::new(SiteBody::empty());
-    *response.status_mut() = status;
+    let mut response = empty(status);
     insert(
         &mut response,
         CONTENT_TYPE,
@@ -327,32 +332,38 @@ fn text(status: StatusCode, head: bool) -> Response<SiteBody> {
     response
 }
 
+/// A response without body or headers, but with room for all that there can be, hyper's own two among them.
+fn empty(status: StatusCode) -> Response<SiteBody> {
+    let mut response = Response::new(SiteBody::empty());
+    *response.status_mut() = status;
+    *response.headers_mut() = HeaderMap::with_capacity(12);
+    response
+}
+
 fn insert(response: &mut Response<SiteBody>, name: HeaderName, value: HeaderValue) {
     response.headers_mut().insert(name, value);
 }
 
-/// A header's value. None of ours can be refused, but a refusal is no reason to end the server.
-fn value(text: &str) -> io::Result<HeaderValue> {
-    HeaderValue::from_str(text).map_err(io::Error::other)
+/// Sets a header to a text. None of ours can be refused, but a refusal is no reason to end the server.
+fn insert_text(response: &mut Response<SiteBody>, name: HeaderName, text: &str) -> io::Result<()> {
+    let value = HeaderValue::from_str(text).map_err(io::Error::other)?;
+    insert(response, name, value);
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn kind(name: &str) -> Mime {
-        mime_guess::from_path(name).first_or_octet_stream()
-    }
-
     #[test]
     fn text_has_a_character_set() {
         for name in [
             "a.html", "a.css", "a.js", "a.json", "a.svg", "a.xml", "a.txt", "a.atom",
         ] {
-            assert!(is_text(&kind(name)), "{name} is {}", kind(name));
+            assert!(is_text(kind(name)), "{name} is {}", kind(name));
         }
         for name in ["a.png", "a.woff2", "a.pdf", "a"] {
-            assert!(!is_text(&kind(name)), "{name} is {}", kind(name));
+            assert!(!is_text(kind(name)), "{name} is {}", kind(name));
         }
     }
 
@@ -361,10 +372,10 @@ mod tests {
         for name in [
             "a.png", "a.jpg", "a.webp", "a.avif", "a.woff2", "a.mp4", "a.zip",
         ] {
-            assert!(!is_compressible(&kind(name)), "{name} is {}", kind(name));
+            assert!(!is_compressible(kind(name)), "{name} is {}", kind(name));
         }
         for name in ["a.html", "a.svg", "a.wasm", "a.ttf"] {
-            assert!(is_compressible(&kind(name)), "{name} is {}", kind(name));
+            assert!(is_compressible(kind(name)), "{name} is {}", kind(name));
         }
     }
 }

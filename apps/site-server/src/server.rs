@@ -1,28 +1,47 @@
-//! Listening, connections and the graceful stop.
+//! Listening, connections and the graceful stop: one thread that waits for its sockets with epoll.
 
 use std::{
     convert::Infallible,
-    fmt, io,
+    fmt,
+    future::{Ready, ready},
+    io,
+    mem::MaybeUninit,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    os::fd::{AsFd, OwnedFd},
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::{Context, Wake, Waker},
+    time::{Duration, Instant},
 };
 
 use cap_std::{ambient_authority, fs::Dir};
 use http_body::Body as _;
-use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    server::graceful::{GracefulShutdown, Watcher},
+use hyper::{Request, Response, body::Incoming, server::conn::http1, service::Service};
+use nix::sys::{
+    signal::{SigSet, Signal},
+    signalfd::{SfdFlags, SignalFd},
 };
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    signal::unix::{Signal, SignalKind, signal},
+use rustix::{
+    event::{
+        Timespec,
+        epoll::{self, CreateFlags, Event, EventData, EventFlags},
+    },
+    io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 
-use crate::{log::Entry, options::Options, respond::Site};
+use crate::{
+    body::SiteBody,
+    clock::Clock,
+    connection::Connection,
+    log::{self, Entry, Log},
+    options::Options,
+    respond::Site,
+};
 
 /// How long a client may take over the head of its next request before its connection is closed.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -41,7 +60,7 @@ pub enum ServerError {
     /// The directory to serve cannot be opened.
     Root(std::path::PathBuf, io::Error),
     /// An address cannot be listened on.
-    Listen(SocketAddr, io::Error),
+    Listen(SocketAddr, Errno),
     /// The system does not give what any server needs.
     System(io::Error),
 }
@@ -69,87 +88,92 @@ impl From<io::Error> for ServerError {
     }
 }
 
+impl From<Errno> for ServerError {
+    fn from(error: Errno) -> Self {
+        Self::System(error.into())
+    }
+}
+
 /// Serves until SIGTERM or SIGINT.
 ///
 /// # Errors
 ///
-/// Whatever prevents the start; afterwards nothing does.
+/// Whatever prevents the start; afterwards nothing does but a system that refuses to wait.
 pub fn run(options: &Options) -> Result<(), ServerError> {
     let root = Dir::open_ambient_dir(&options.root, ambient_authority())
         .map_err(|error| ServerError::Root(options.root.clone(), error))?;
-    let site = Arc::new(Site::new(root, options.max_age));
     allow_many_connections();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        // Before the first connection: a signal must never end a request half way.
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        // A client that goes away is an error of the write. Once registered, the signal stays harmless.
-        drop(signal(SignalKind::pipe())?);
-        let graceful = GracefulShutdown::new();
-        let mut accepting = Vec::new();
-        for listener in listeners(&options.listen)? {
-            println!("listening on http://{}", listener.local_addr()?);
-            accepting.push(Box::pin(accept(listener, &site, options.log, &graceful)));
-        }
-        first(all(accepting), either(&mut terminate, &mut interrupt)).await;
-        let again = either(&mut terminate, &mut interrupt);
-        let stopped = tokio::time::timeout(STOP_TIMEOUT, graceful.shutdown());
-        first(stopped, again).await;
-        Ok(())
-    })
+    // Before the first connection: a signal must never end a request half way.
+    let signals = signals()?;
+    let listeners = listeners(&options.listen)?;
+    let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+    watch(&epoll, &signals, SIGNALS, EventFlags::IN)?;
+    for (token, listener) in (LISTENERS..).zip(&listeners) {
+        watch(&epoll, &listener.socket, token, EventFlags::IN)?;
+        log::print(&format!("listening on http://{}\n", listener.address));
+    }
+    let clock = Clock::new();
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(clock.clone())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(HEAD_BYTES);
+    let woken = Arc::new(Woken(AtomicBool::new(false)));
+    let server = Server {
+        epoll,
+        signals,
+        connections: Connections {
+            first: LISTENERS + listeners.len() as u64,
+            slots: Vec::new(),
+            free: Vec::new(),
+        },
+        listeners,
+        refused: None,
+        again: Vec::new(),
+        stop: None,
+        builder,
+        clock,
+        waker: Waker::from(Arc::clone(&woken)),
+        woken,
+        site: Rc::new(Site::new(root, options.max_age)),
+        log: options.log.then(|| Rc::new(Log::new())),
+    };
+    server.serve()
 }
 
 /// Raises the limit of open files to what the system allows. Without it the server works, for fewer clients.
 fn allow_many_connections() {
     let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: limit.maximum,
-            maximum: limit.maximum,
-        },
-    );
+    if limit.current != limit.maximum {
+        let _ = setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: limit.maximum,
+                maximum: limit.maximum,
+            },
+        );
+    }
 }
 
-/// Waits for one of two signals.
-async fn either(one: &mut Signal, other: &mut Signal) {
-    first(one.recv(), other.recv()).await;
-}
-
-/// Waits until one of two futures is done.
-async fn first(one: impl Future, other: impl Future) {
-    let mut one = std::pin::pin!(one);
-    let mut other = std::pin::pin!(other);
-    std::future::poll_fn(|context| {
-        if one.as_mut().poll(context).is_ready() || other.as_mut().poll(context).is_ready() {
-            std::task::Poll::Ready(())
-        } else {
-            std::task::Poll::Pending
-        }
-    })
-    .await;
-}
-
-/// Drives futures that do not end.
-async fn all<F: Future<Output = Infallible>>(mut futures: Vec<std::pin::Pin<Box<F>>>) {
-    std::future::poll_fn(|context| {
-        for future in &mut futures {
-            let _ = future.as_mut().poll(context);
-        }
-        std::task::Poll::<()>::Pending
-    })
-    .await;
+/// SIGTERM and SIGINT, to be read. Blocked as they are, they interrupt nothing; neither does SIGPIPE: a client that goes away is
+/// an error of the write.
+fn signals() -> io::Result<SignalFd> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.add(Signal::SIGINT);
+    let stop = set;
+    set.add(Signal::SIGPIPE);
+    set.thread_block()?;
+    let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+    Ok(SignalFd::with_flags(&stop, flags)?)
 }
 
 /// Opens the sockets: the given ones, or port 80 of everything.
-fn listeners(addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, ServerError> {
+fn listeners(addresses: &[SocketAddr]) -> Result<Vec<Listener>, ServerError> {
     if addresses.is_empty() {
         let everything = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 80);
         let listener = listen(everything, false).or_else(|error| {
-            if matches!(error.raw_os_error(), Some(EAFNOSUPPORT | EADDRNOTAVAIL)) {
+            if matches!(error, Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) {
                 let everything = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 80);
                 listen(everything, false).map_err(|error| ServerError::Listen(everything, error))
             } else {
@@ -170,76 +194,309 @@ fn listeners(addresses: &[SocketAddr]) -> Result<Vec<TcpListener>, ServerError> 
         .collect()
 }
 
-/// Error numbers of a system without IPv6.
-const EAFNOSUPPORT: i32 = 97;
-const EADDRNOTAVAIL: i32 = 99;
-
-fn listen(address: SocketAddr, only_v6: bool) -> io::Result<TcpListener> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM.nonblocking(),
-        Some(Protocol::TCP),
-    )?;
+fn listen(mut address: SocketAddr, only_v6: bool) -> Result<Listener, Errno> {
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let socket =
+        rustix::net::socket_with(family, SocketType::STREAM, SOCKET_FLAGS, Some(ipproto::TCP))?;
     if address.is_ipv6() {
-        socket.set_only_v6(only_v6)?;
+        sockopt::set_ipv6_v6only(&socket, only_v6)?;
     }
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    TcpListener::from_std(socket.into())
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    if address.port() == 0 {
+        address = rustix::net::getsockname(&socket)?.try_into()?;
+    }
+    Ok(Listener { socket, address })
 }
 
-/// Accepts connections for ever, each served by a task of its own.
-async fn accept(
-    listener: TcpListener,
-    site: &Arc<Site>,
-    log: bool,
-    graceful: &GracefulShutdown,
-) -> Infallible {
-    loop {
-        match listener.accept().await {
-            Ok((stream, peer)) => {
-                let serving = serve(stream, peer.ip(), Arc::clone(site), log, graceful.watcher());
-                tokio::spawn(serving);
+fn watch(epoll: &OwnedFd, file: impl AsFd, token: u64, events: EventFlags) -> Result<(), Errno> {
+    epoll::add(epoll, file, EventData::new_u64(token), events)
+}
+
+/// Flags of every socket.
+const SOCKET_FLAGS: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
+/// By what epoll tells the signals' file.
+const SIGNALS: u64 = 0;
+/// By what epoll tells the first listening socket; the next ones, then the connections, have the numbers that follow.
+const LISTENERS: u64 = 1;
+/// How many events are taken at once.
+const EVENTS: usize = 256;
+
+/// A listening socket.
+struct Listener {
+    socket: OwnedFd,
+    /// With the port that the system chose, if it was to choose one.
+    address: SocketAddr,
+}
+
+struct Server {
+    epoll: OwnedFd,
+    signals: SignalFd,
+    listeners: Vec<Listener>,
+    /// Until when nothing is accepted, after a failure.
+    refused: Option<Instant>,
+    connections: Connections,
+    /// Connections with more to do than they took at once.
+    again: Vec<u64>,
+    /// Set once the server is to stop: until when requests in flight are waited for.
+    stop: Option<Instant>,
+    builder: http1::Builder,
+    clock: Clock,
+    waker: Waker,
+    woken: Arc<Woken>,
+    site: Rc<Site>,
+    /// Nothing for a server without log.
+    log: Option<Rc<Log>>,
+}
+
+impl Server {
+    fn serve(mut self) -> Result<(), ServerError> {
+        let mut buffer = [MaybeUninit::<Event>::uninit(); EVENTS];
+        loop {
+            let timeout = self.timeout();
+            let events = match epoll::wait(&self.epoll, &mut buffer, timeout.as_ref()) {
+                Ok((events, _)) => events,
+                // By SIGSTOP and SIGCONT.
+                Err(Errno::INTR) => &mut [],
+                Err(error) => return Err(error.into()),
+            };
+            for token in std::mem::take(&mut self.again) {
+                self.drive(token);
             }
+            for event in events {
+                let token = event.data.u64();
+                if token >= self.connections.first {
+                    if let Some(connection) = self.connections.get(token) {
+                        connection.note(event.flags);
+                        self.drive(token);
+                    }
+                } else if token >= LISTENERS {
+                    self.accept((token - LISTENERS) as usize);
+                } else if self.is_told_to_stop() {
+                    // For the second time: now.
+                    return Ok(());
+                }
+            }
+            if timeout.is_some() {
+                self.look_at_the_time();
+            }
+            if let Some(log) = &self.log {
+                log.write();
+            }
+            if self
+                .stop
+                .is_some_and(|end| self.connections.is_empty() || end <= Instant::now())
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    /// How long to wait at most; nothing for as long as it takes.
+    fn timeout(&self) -> Option<Timespec> {
+        if !self.again.is_empty() {
+            return Some(Timespec::default());
+        }
+        let next = [self.clock.next(), self.refused, self.stop]
+            .into_iter()
+            .flatten()
+            .min()?;
+        let time = next.saturating_duration_since(Instant::now());
+        // Up to the next millisecond, which is what epoll counts in: waking too early would be for nothing.
+        (time + Duration::from_millis(1)).try_into().ok()
+    }
+
+    /// Does what has become due.
+    fn look_at_the_time(&mut self) {
+        let now = Instant::now();
+        if self.clock.next().is_some_and(|next| next <= now) {
+            self.clock.reset();
+            for token in self.connections.tokens() {
+                self.drive(token);
+            }
+        }
+        if self.refused.is_some_and(|end| end <= now) {
+            self.refused = None;
+            self.watch_listeners(EventFlags::IN);
+        }
+    }
+
+    /// Accepts one connection. The listener is reported again while there are more.
+    fn accept(&mut self, listener: usize) {
+        let Some(listener) = self.listeners.get(listener) else {
+            return;
+        };
+        match rustix::net::acceptfrom_with(&listener.socket, SOCKET_FLAGS) {
+            Ok((socket, peer)) => {
+                let client = peer
+                    .and_then(|peer| SocketAddr::try_from(peer).ok())
+                    .map_or(Ipv6Addr::UNSPECIFIED.into(), |peer| peer.ip());
+                // The response's last piece must not wait for an acknowledgement. A socket that refuses is slow, not wrong.
+                let _ = sockopt::set_tcp_nodelay(&socket, true);
+                let answers = Answers {
+                    site: Rc::clone(&self.site),
+                    log: self.log.clone(),
+                    client,
+                };
+                let connection = Connection::new(socket, &self.builder, answers);
+                let token = self.connections.add(connection);
+                // Its request may be there already.
+                self.drive(token);
+            }
+            // The client has gone away again.
+            Err(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => {}
             Err(error) => {
                 eprintln!("kiln-site-server: cannot accept a connection: {error}");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                self.refused = Some(Instant::now() + ACCEPT_PAUSE);
+                self.watch_listeners(EventFlags::empty());
             }
         }
     }
-}
 
-async fn serve(stream: TcpStream, client: IpAddr, site: Arc<Site>, log: bool, watcher: Watcher) {
-    // The response's last piece must not wait for an acknowledgement. A socket that refuses is slow, not wrong.
-    let _ = stream.set_nodelay(true);
-    let answered = Mutex::new(Vec::new());
-    let service = service_fn(|request: Request<Incoming>| {
-        let response = site.answer(&request);
-        if log {
-            let length = response.body().size_hint().exact().unwrap_or_default();
-            let entry = Entry::new(client, &request, response.status(), length);
-            lock(&answered).push(entry);
+    fn watch_listeners(&self, events: EventFlags) {
+        for (token, listener) in (LISTENERS..).zip(&self.listeners) {
+            // Cannot fail for what is watched already.
+            let _ = epoll::modify(
+                &self.epoll,
+                &listener.socket,
+                EventData::new_u64(token),
+                events,
+            );
         }
-        async { Ok::<_, Infallible>(response) }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .max_buf_size(HEAD_BYTES)
-        .serve_connection(TokioIo::new(stream), service);
-    let mut connection = std::pin::pin!(watcher.watch(connection));
-    std::future::poll_fn(|context| {
-        let polled = connection.as_mut().poll(context);
-        // What was answered is written by now, as far as the client takes it.
-        lock(&answered).drain(..).for_each(|entry| entry.write());
-        // A client that goes away or speaks nonsense ends its own connection only.
-        polled.map(|_| ())
-    })
-    .await;
+    }
+
+    /// Lets a connection do what it can, and drops it when it has ended.
+    fn drive(&mut self, token: u64) {
+        let Some(connection) = self.connections.get(token) else {
+            return;
+        };
+        let mut ended = connection
+            .poll(&mut Context::from_waker(&self.waker))
+            .is_ready();
+        if !ended && let Some((events, known)) = connection.to_watch() {
+            let data = EventData::new_u64(token);
+            let watched = if known {
+                epoll::modify(&self.epoll, &*connection, data, events)
+            } else {
+                epoll::add(&self.epoll, &*connection, data, events)
+            };
+            // A connection that cannot be watched would never be served.
+            ended = watched.is_err();
+        }
+        if ended {
+            self.connections.remove(token);
+        } else if self.woken.0.swap(false, Relaxed) {
+            self.again.push(token);
+        }
+    }
+
+    /// Takes a signal and begins to stop: accepts no more, and finishes the requests in flight. True if that is under way already.
+    fn is_told_to_stop(&mut self) -> bool {
+        if !matches!(self.signals.read_signal(), Ok(Some(_))) {
+            return false;
+        }
+        if self.stop.is_some() {
+            return true;
+        }
+        self.stop = Some(Instant::now() + STOP_TIMEOUT);
+        self.listeners.clear();
+        for token in self.connections.tokens() {
+            if let Some(connection) = self.connections.get(token) {
+                connection.finish();
+                self.drive(token);
+            }
+        }
+        false
+    }
 }
 
-/// Locks; a panic elsewhere leaves a list of entries as good as it was.
-fn lock(entries: &Mutex<Vec<Entry>>) -> MutexGuard<'_, Vec<Entry>> {
-    entries.lock().unwrap_or_else(PoisonError::into_inner)
+/// The open connections, each with a number until it ends.
+struct Connections {
+    /// The first one's number.
+    first: u64,
+    slots: Vec<Option<Box<Connection>>>,
+    /// Slots without a connection.
+    free: Vec<usize>,
+}
+
+impl Connections {
+    fn add(&mut self, connection: Connection) -> u64 {
+        let connection = Some(Box::new(connection));
+        let slot = match self.free.pop() {
+            Some(slot) => {
+                self.slots[slot] = connection;
+                slot
+            }
+            None => {
+                self.slots.push(connection);
+                self.slots.len() - 1
+            }
+        };
+        self.first + slot as u64
+    }
+
+    fn slot(&self, token: u64) -> usize {
+        (token - self.first) as usize
+    }
+
+    fn get(&mut self, token: u64) -> Option<&mut Connection> {
+        let slot = self.slot(token);
+        self.slots.get_mut(slot)?.as_deref_mut()
+    }
+
+    fn remove(&mut self, token: u64) {
+        let slot = self.slot(token);
+        if self.slots.get_mut(slot).and_then(Option::take).is_some() {
+            self.free.push(slot);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
+    /// Numbers among which those of all connections are.
+    fn tokens(&self) -> std::ops::Range<u64> {
+        self.first..self.first + self.slots.len() as u64
+    }
+}
+
+/// Set when a connection wants to be polled again though its socket has no news. One for all: only the connection
+/// that is polled can ask, since nothing else runs.
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Relaxed);
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// Answers the requests of one connection.
+pub struct Answers {
+    site: Rc<Site>,
+    log: Option<Rc<Log>>,
+    client: IpAddr,
+}
+
+impl Service<Request<Incoming>> for Answers {
+    type Response = Response<SiteBody>;
+    type Error = Infallible;
+    type Future = Ready<Result<Response<SiteBody>, Infallible>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let response = self.site.answer(&request);
+        if let Some(log) = &self.log {
+            let length = response.body().size_hint().exact().unwrap_or_default();
+            log.add(Entry::new(self.client, request, response.status(), length));
+        }
+        ready(Ok(response))
+    }
 }
