@@ -1,20 +1,84 @@
 //! From the path of a URL to a file below the root.
 //!
-//! The root is a capability ([`cap_std::fs::Dir`]): opening resolves every symbolic link below it, and one that
-//! leads outside is refused, by the kernel (`openat2`) or, where that call is missing, step by step.
+//! Opening resolves every symbolic link below the root, and one that leads outside is refused: by the system, which does the whole
+//! of it in one call (`openat2` with `RESOLVE_BENEATH`, Linux 5.6).
 
 use std::{
-    ffi::OsString,
-    fs::{File, Metadata},
+    fs::File,
     io,
-    os::unix::ffi::{OsStrExt as _, OsStringExt as _},
+    os::fd::OwnedFd,
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt as _};
-use percent_encoding::percent_decode_str;
+use percent_encoding::percent_decode;
+use rustix::{
+    fs::{FileType, Mode, OFlags, ResolveFlags},
+    io::Errno,
+};
 
-/// `O_NONBLOCK`: a named pipe in the root must not stop the server when it is opened.
-const NONBLOCK: i32 = 0o4000;
+/// A directory of which nothing but what lies below it can be opened.
+#[derive(Debug)]
+pub struct Root(OwnedFd);
+
+impl Root {
+    /// Opens the directory.
+    ///
+    /// # Errors
+    ///
+    /// What the system says, which is `ENOSYS` where it lacks the call that all depends on.
+    pub fn open(path: &Path) -> Result<Self, Errno> {
+        rustix::fs::openat2(
+            rustix::fs::CWD,
+            path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::empty(),
+        )
+        .map(Self)
+    }
+
+    /// Opens a regular file.
+    ///
+    /// # Errors
+    ///
+    /// As [`FindError`] says; whatever is not a regular file is missing.
+    pub fn open_file(&self, path: Vec<u8>) -> Result<Found, FindError> {
+        // Without waiting: a named pipe in the root must not stop the server.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        let mut tries = 0;
+        let file = loop {
+            match rustix::fs::openat2(&self.0, path.as_slice(), flags, Mode::empty(), resolve) {
+                // Something was renamed meanwhile, and the system cannot tell whether the path has led outside.
+                Err(Errno::AGAIN) if tries < RENAME_TRIES => tries += 1,
+                other => break other?,
+            }
+        };
+        let status = rustix::fs::fstat(&file)?;
+        if FileType::from_raw_mode(status.st_mode) != FileType::RegularFile {
+            return Err(FindError::Missing);
+        }
+        Ok(Found {
+            path,
+            file: file.into(),
+            size: u64::try_from(status.st_size).unwrap_or_default(),
+            modified: time(status.st_mtime, status.st_mtime_nsec),
+        })
+    }
+}
+
+/// How often opening is tried again while others rename files.
+const RENAME_TRIES: u32 = 4;
+
+/// A file's time; those before 1970 count as 1970.
+fn time(seconds: i64, nanoseconds: u64) -> SystemTime {
+    let seconds = u64::try_from(seconds).unwrap_or_default();
+    let nanoseconds = u32::try_from(nanoseconds).unwrap_or_default();
+    UNIX_EPOCH
+        .checked_add(Duration::new(seconds, nanoseconds))
+        .unwrap_or(UNIX_EPOCH)
+}
 
 /// A path below the root, from a URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,24 +102,18 @@ pub enum FindError {
     System(io::Error),
 }
 
-impl From<io::Error> for FindError {
-    fn from(error: io::Error) -> Self {
-        // Numbers, since `cap_std` also uses `PermissionDenied` for a link that leads outside.
-        const EACCES: i32 = 13;
-        const ELOOP: i32 = 40;
-        const ENXIO: i32 = 6;
-        match (error.kind(), error.raw_os_error()) {
-            (_, Some(EACCES)) => Self::Forbidden,
-            (_, Some(ELOOP | ENXIO))
-            | (
-                io::ErrorKind::NotFound
-                | io::ErrorKind::NotADirectory
-                | io::ErrorKind::InvalidFilename
-                | io::ErrorKind::CrossesDevices
-                | io::ErrorKind::PermissionDenied,
-                _,
-            ) => Self::Missing,
-            _ => Self::System(error),
+impl From<Errno> for FindError {
+    fn from(error: Errno) -> Self {
+        match error {
+            Errno::ACCESS | Errno::PERM => Self::Forbidden,
+            // XDEV is a path or a link that leads outside, NXIO a socket.
+            Errno::NOENT
+            | Errno::NOTDIR
+            | Errno::NAMETOOLONG
+            | Errno::LOOP
+            | Errno::XDEV
+            | Errno::NXIO => Self::Missing,
+            _ => Self::System(error.into()),
         }
     }
 }
@@ -64,11 +122,13 @@ impl From<io::Error> for FindError {
 #[derive(Debug)]
 pub struct Found {
     /// Its path below the root.
-    pub path: OsString,
+    pub path: Vec<u8>,
     /// The file.
     pub file: File,
-    /// Its size and times.
-    pub metadata: Metadata,
+    /// Its length in bytes.
+    pub size: u64,
+    /// When its content was last changed.
+    pub modified: SystemTime,
 }
 
 impl SitePath {
@@ -80,14 +140,15 @@ impl SitePath {
     /// leaves the root or asks for a hidden file. `/.well-known/` (RFC 8615) is not hidden.
     pub fn parse(url_path: &str) -> Result<Self, FindError> {
         let mut path = Vec::with_capacity(url_path.len());
-        for segment in url_path.split('/').filter(|segment| !segment.is_empty()) {
+        let segments = url_path.as_bytes().split(|byte| *byte == b'/');
+        for segment in segments.filter(|segment| !segment.is_empty()) {
             // Decoded after the split: an encoded slash does not separate.
             let start = path.len();
             if start > 0 {
                 path.push(b'/');
             }
             let name = path.len();
-            path.extend(percent_decode_str(segment));
+            path.extend(percent_decode(segment));
             let name = path.get(name..).unwrap_or_default();
             if name.contains(&0) {
                 return Err(FindError::BadPath);
@@ -109,52 +170,24 @@ impl SitePath {
     /// # Errors
     ///
     /// As [`FindError`] says.
-    pub fn open(&self, root: &Dir) -> Result<Found, FindError> {
-        let with = |suffix: &[u8]| OsString::from_vec([self.path.as_slice(), suffix].concat());
-        let index = if self.path.is_empty() {
-            OsString::from("index.html")
+    pub fn open(&self, root: &Root) -> Result<Found, FindError> {
+        let path = self.path.as_slice();
+        if path.is_empty() {
+            return root.open_file(b"index.html".to_vec());
+        }
+        let suffixes: &[&[u8]] = if self.directory {
+            &[b"/index.html", b".html"]
         } else {
-            with(b"/index.html")
+            &[b"", b"/index.html", b".html"]
         };
-        let candidates = [
-            (!self.directory && !self.path.is_empty()).then(|| with(b"")),
-            Some(index),
-            (!self.path.is_empty()).then(|| with(b".html")),
-        ];
-        for candidate in candidates.into_iter().flatten() {
-            match open_file(root, candidate) {
+        for suffix in suffixes {
+            match root.open_file([path, suffix].concat()) {
                 Err(FindError::Missing) => {}
                 other => return other,
             }
         }
         Err(FindError::Missing)
     }
-}
-
-/// Opens a regular file below the root.
-///
-/// # Errors
-///
-/// As [`FindError`] says; whatever is not a regular file is missing.
-pub fn open_file(root: &Dir, path: OsString) -> Result<Found, FindError> {
-    let mut options = OpenOptions::new();
-    options.read(true).custom_flags(NONBLOCK);
-    let file = root.open_with(&path, &options)?.into_std();
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
-        return Err(FindError::Missing);
-    }
-    Ok(Found {
-        path,
-        file,
-        metadata,
-    })
-}
-
-/// The file's path with something added to its name.
-#[must_use]
-pub fn sibling(path: &OsString, suffix: &str) -> OsString {
-    OsString::from_vec([path.as_bytes(), suffix.as_bytes()].concat())
 }
 
 #[cfg(test)]

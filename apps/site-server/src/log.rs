@@ -60,7 +60,7 @@ impl Log {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            entries: RefCell::new(Vec::new()),
+            entries: RefCell::new(Vec::with_capacity(8)),
             date: RefCell::new((u64::MAX, String::new())),
         }
     }

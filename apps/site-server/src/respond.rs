@@ -1,13 +1,13 @@
 //! From a request to a response.
 
 use std::{
+    cell::OnceCell,
+    fmt::Write as _,
     io,
-    path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
-use cap_std::fs::Dir;
 use hyper::{
     Method, Request, Response, StatusCode,
     header::{
@@ -16,30 +16,32 @@ use hyper::{
         X_CONTENT_TYPE_OPTIONS,
     },
 };
-use twox_hash::XxHash3_64;
+use twox_hash::XxHash64;
 
 use crate::{
     body::{self, CHUNK, SiteBody},
     condition::{self, Validators, Verdict},
     encoding::{self, Encoding},
-    find::{self, FindError, Found, SitePath},
+    find::{FindError, Found, Root, SitePath},
     range::{self, Selection},
 };
 
 /// A directory, and how its files are to be cached by clients.
 pub struct Site {
-    root: Dir,
-    asset_caching: HeaderValue,
+    root: Root,
+    max_age: u32,
+    /// `Cache-Control` of what is not a page, once somebody asked for such a file.
+    asset_caching: OnceCell<HeaderValue>,
 }
 
 impl Site {
     /// Serves `root`; what is not a page may be kept for `max_age` seconds.
     #[must_use]
-    pub fn new(root: Dir, max_age: u32) -> Self {
+    pub fn new(root: Root, max_age: u32) -> Self {
         Self {
             root,
-            asset_caching: HeaderValue::try_from(format!("public, max-age={max_age}"))
-                .unwrap_or(HeaderValue::from_static("public")),
+            max_age,
+            asset_caching: OnceCell::new(),
         }
     }
 
@@ -80,7 +82,7 @@ impl Site {
             encoding,
             varies,
         } = self.choose(headers, found);
-        let size = found.metadata.len();
+        let size = found.size;
         // A small file is read whole, once: for its tag and for its bytes.
         let small = match usize::try_from(size) {
             Ok(length) if length <= CHUNK => Some(body::read(&found.file, 0, length)?),
@@ -88,11 +90,7 @@ impl Site {
         };
         let validators = Validators {
             tag: tag(&found, small.as_ref(), encoding)?,
-            modified: found
-                .metadata
-                .modified()
-                .ok()
-                .and_then(condition::whole_seconds),
+            modified: condition::whole_seconds(found.modified),
         };
         let verdict = condition::evaluate(headers, &validators);
         let mut response = empty(StatusCode::OK);
@@ -101,11 +99,16 @@ impl Site {
             let date = httpdate::fmt_http_date(modified);
             insert_text(&mut response, LAST_MODIFIED, &date)?;
         }
-        let caching = if matches!(subtype(kind), "html" | "xml") {
+        let caching = if matches!(kind, "text/html" | "text/xml" | "application/xml") {
             // Pages and feeds change in place: ask each time, and mostly hear 304.
             HeaderValue::from_static("no-cache")
         } else {
-            self.asset_caching.clone()
+            self.asset_caching
+                .get_or_init(|| {
+                    HeaderValue::try_from(format!("public, max-age={}", self.max_age))
+                        .unwrap_or(HeaderValue::from_static("public"))
+                })
+                .clone()
         };
         insert(&mut response, CACHE_CONTROL, caching);
         if varies {
@@ -161,11 +164,11 @@ impl Site {
 
     /// The site's own page for what is not there, or a line of text.
     fn missing(&self, headers: &HeaderMap, head: bool) -> io::Result<Response<SiteBody>> {
-        let Ok(found) = find::open_file(&self.root, "404.html".into()) else {
+        let Ok(found) = self.root.open_file(b"404.html".to_vec()) else {
             return Ok(text(StatusCode::NOT_FOUND, head));
         };
         let chosen = self.choose(headers, found);
-        let length = chosen.found.metadata.len();
+        let length = chosen.found.size;
         let mut response = empty(StatusCode::NOT_FOUND);
         if chosen.varies {
             insert(
@@ -194,8 +197,8 @@ impl Site {
         };
         if varies {
             for encoding in encoding::accepted(headers) {
-                let path = find::sibling(&chosen.found.path, encoding.suffix());
-                if let Ok(found) = find::open_file(&self.root, path) {
+                let path = [&chosen.found.path, encoding.suffix().as_bytes()].concat();
+                if let Ok(found) = self.root.open_file(path) {
                     chosen.found = found;
                     chosen.encoding = Some(encoding);
                     break;
@@ -219,20 +222,25 @@ struct Chosen {
 /// An entity tag: the file's size and a hash of its content. Of large files only the beginning and the end count, so that
 /// the first byte does not wait for the last, and their time: size and time tell their versions apart.
 fn tag(found: &Found, small: Option<&Bytes>, encoding: Option<Encoding>) -> io::Result<String> {
-    let size = found.metadata.len();
+    let size = found.size;
     let hash = match small {
-        Some(bytes) => XxHash3_64::oneshot(bytes),
+        Some(bytes) => hash(bytes),
         None => {
             let mut sample = body::read(&found.file, 0, CHUNK)?.to_vec();
             sample.extend_from_slice(&body::read(&found.file, size - CHUNK as u64, CHUNK)?);
-            let modified = found.metadata.modified().unwrap_or(UNIX_EPOCH);
-            sample.extend_from_slice(&nanoseconds(modified).to_le_bytes());
-            XxHash3_64::oneshot(&sample)
+            sample.extend_from_slice(&nanoseconds(found.modified).to_le_bytes());
+            hash(&sample)
         }
     };
-    // The same content under another coding is another representation.
+    let mut tag = String::with_capacity(48);
+    // The same content under another coding is another representation. Writing to a string cannot fail.
     let suffix = encoding.map_or("", Encoding::suffix);
-    Ok(format!("\"{size:x}-{hash:016x}{suffix}\""))
+    let _ = write!(tag, "\"{size:x}-{hash:016x}{suffix}\"");
+    Ok(tag)
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    XxHash64::oneshot(0, bytes)
 }
 
 fn nanoseconds(time: SystemTime) -> u128 {
@@ -284,36 +292,37 @@ fn describe(
     Ok(())
 }
 
-/// The content type of a file, by its name.
-fn kind(path: impl AsRef<Path>) -> &'static str {
-    mime_guess::from_path(path)
-        .first_raw()
+/// The content type of a file, by the extension of its name.
+fn kind(path: &[u8]) -> &'static str {
+    path.iter()
+        .rposition(|byte| matches!(byte, b'.' | b'/'))
+        .filter(|&position| path.get(position) == Some(&b'.'))
+        .and_then(|position| str::from_utf8(path.get(position + 1..)?).ok())
+        .and_then(|extension| mime_guess::from_ext(extension).first_raw())
         .unwrap_or("application/octet-stream")
-}
-
-/// What stands behind the slash of a content type, without `+xml` and the like.
-fn subtype(kind: &str) -> &str {
-    let subtype = kind.split_once('/').map_or("", |(_, subtype)| subtype);
-    subtype
-        .split_once('+')
-        .map_or(subtype, |(subtype, _)| subtype)
 }
 
 fn is_text(kind: &str) -> bool {
     kind.starts_with("text/")
         || kind.ends_with("+xml")
         || kind.ends_with("+json")
-        || matches!(subtype(kind), "javascript" | "json" | "xml")
+        || matches!(
+            kind,
+            "application/javascript" | "application/json" | "application/xml"
+        )
 }
 
 /// Whether compressing such files ahead of time is worth while; only then are siblings looked for.
 fn is_compressible(kind: &str) -> bool {
     is_text(kind)
         || matches!(
-            subtype(kind),
-            "wasm" | "x-font-ttf" | "octet-stream" | "pdf"
+            kind,
+            "application/octet-stream"
+                | "application/pdf"
+                | "application/wasm"
+                | "application/x-font-ttf"
         )
-        || kind.starts_with("font/") && !subtype(kind).starts_with("woff")
+        || kind.starts_with("font/") && !kind.starts_with("font/woff")
 }
 
 /// A response with a line of text for its status.
@@ -360,10 +369,18 @@ mod tests {
         for name in [
             "a.html", "a.css", "a.js", "a.json", "a.svg", "a.xml", "a.txt", "a.atom",
         ] {
-            assert!(is_text(kind(name)), "{name} is {}", kind(name));
+            assert!(
+                is_text(kind(name.as_bytes())),
+                "{name} is {}",
+                kind(name.as_bytes())
+            );
         }
         for name in ["a.png", "a.woff2", "a.pdf", "a"] {
-            assert!(!is_text(kind(name)), "{name} is {}", kind(name));
+            assert!(
+                !is_text(kind(name.as_bytes())),
+                "{name} is {}",
+                kind(name.as_bytes())
+            );
         }
     }
 
@@ -372,10 +389,18 @@ mod tests {
         for name in [
             "a.png", "a.jpg", "a.webp", "a.avif", "a.woff2", "a.mp4", "a.zip",
         ] {
-            assert!(!is_compressible(kind(name)), "{name} is {}", kind(name));
+            assert!(
+                !is_compressible(kind(name.as_bytes())),
+                "{name} is {}",
+                kind(name.as_bytes())
+            );
         }
         for name in ["a.html", "a.svg", "a.wasm", "a.ttf"] {
-            assert!(is_compressible(kind(name)), "{name} is {}", kind(name));
+            assert!(
+                is_compressible(kind(name.as_bytes())),
+                "{name} is {}",
+                kind(name.as_bytes())
+            );
         }
     }
 }

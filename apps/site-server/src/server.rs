@@ -17,7 +17,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cap_std::{ambient_authority, fs::Dir};
 use http_body::Body as _;
 use hyper::{Request, Response, body::Incoming, server::conn::http1, service::Service};
 use nix::sys::{
@@ -38,6 +37,7 @@ use crate::{
     body::SiteBody,
     clock::Clock,
     connection::Connection,
+    find::Root,
     log::{self, Entry, Log},
     options::Options,
     respond::Site,
@@ -58,7 +58,7 @@ const BACKLOG: i32 = 4096;
 #[derive(Debug)]
 pub enum ServerError {
     /// The directory to serve cannot be opened.
-    Root(std::path::PathBuf, io::Error),
+    Root(std::path::PathBuf, Errno),
     /// An address cannot be listened on.
     Listen(SocketAddr, Errno),
     /// The system does not give what any server needs.
@@ -68,6 +68,12 @@ pub enum ServerError {
 impl fmt::Display for ServerError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Root(path, Errno::NOSYS) => write!(
+                formatter,
+                "cannot open {}: the system lacks openat2, which keeps all files outside it out of reach; \
+                 use Linux 5.6 or newer",
+                path.display()
+            ),
             Self::Root(path, error) => write!(
                 formatter,
                 "cannot open {}: {error}; name the directory to serve with --root",
@@ -100,7 +106,7 @@ impl From<Errno> for ServerError {
 ///
 /// Whatever prevents the start; afterwards nothing does but a system that refuses to wait.
 pub fn run(options: &Options) -> Result<(), ServerError> {
-    let root = Dir::open_ambient_dir(&options.root, ambient_authority())
+    let root = Root::open(&options.root)
         .map_err(|error| ServerError::Root(options.root.clone(), error))?;
     allow_many_connections();
     // Before the first connection: a signal must never end a request half way.
@@ -124,7 +130,7 @@ pub fn run(options: &Options) -> Result<(), ServerError> {
         signals,
         connections: Connections {
             first: LISTENERS + listeners.len() as u64,
-            slots: Vec::new(),
+            slots: Vec::with_capacity(EVENTS),
             free: Vec::new(),
         },
         listeners,
@@ -387,9 +393,10 @@ impl Server {
             // A connection that cannot be watched would never be served.
             ended = watched.is_err();
         }
+        let again = self.woken.0.swap(false, Relaxed);
         if ended {
             self.connections.remove(token);
-        } else if self.woken.0.swap(false, Relaxed) {
+        } else if again {
             self.again.push(token);
         }
     }
