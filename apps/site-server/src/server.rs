@@ -284,7 +284,7 @@ impl Server {
                     self.accept((token - LISTENERS) as usize);
                 } else if self.is_told_to_stop() {
                     // For the second time: now.
-                    return Ok(());
+                    self.stop = Some(Instant::now());
                 }
             }
             if timeout.is_some() {
