@@ -1,10 +1,13 @@
-//! What one run adds to an image's manifest. Passed in postcard's encoding at boot; the monitor keeps it as JSON.
+//! What one run adds to an image's manifest. The kernel gets it as [`crate::encoding`] says; the monitor keeps it as JSON.
 
 use alloc::{collections::BTreeMap, string::String, vec::Vec};
-use core::net::IpAddr;
+use core::{mem, net::IpAddr};
 use serde::{Deserialize, Serialize};
 
-use crate::manifest::User;
+use crate::{
+    encoding::{Error, Reader, Writer},
+    manifest::{Program, User},
+};
 
 /// Configuration of one run. Every field may be missing: then the manifest, or a default, holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,12 +37,27 @@ pub struct RunConfiguration {
 
 impl RunConfiguration {
     /// The bytes that the kernel gets.
-    ///
-    /// # Errors
-    ///
-    /// None that is known: postcard's signature has one.
-    pub fn to_bytes(&self) -> Result<Vec<u8>, postcard::Error> {
-        postcard::to_allocvec(self)
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut writer = Writer::new();
+        writer.option(self.arguments.as_deref(), Writer::texts);
+        writer.number(self.environment.len() as u64);
+        for (name, value) in &self.environment {
+            writer.text(name);
+            writer.text(value);
+        }
+        writer.optional_text(self.working_directory.as_deref());
+        writer.option(self.user, |writer, user| user.write(writer));
+        writer.optional_text(self.hostname.as_deref());
+        self.network.write(&mut writer);
+        writer.list(&self.volumes, |writer, volume| {
+            writer.text(&volume.path);
+            writer.number(volume.read_only);
+        });
+        writer.number(self.link);
+        writer.option(self.realtime, Writer::number);
+        writer.optional_text(self.log.as_deref());
+        writer.finish()
     }
 
     /// Reads what [`RunConfiguration::to_bytes`] wrote.
@@ -47,8 +65,52 @@ impl RunConfiguration {
     /// # Errors
     ///
     /// The bytes are something else.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, postcard::Error> {
-        postcard::from_bytes(bytes)
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
+        let mut reader = Reader::new(bytes);
+        let configuration = RunConfiguration {
+            arguments: reader.option(Reader::texts),
+            environment: reader
+                .list(|reader| (reader.text(), reader.text()))
+                .into_iter()
+                .collect(),
+            working_directory: reader.optional_text(),
+            user: reader.option(User::read),
+            hostname: reader.optional_text(),
+            network: Network::read(&mut reader),
+            volumes: reader.list(|reader| Volume {
+                path: reader.text(),
+                read_only: reader.flag(),
+            }),
+            link: reader.flag(),
+            realtime: reader.option(Reader::number),
+            log: reader.optional_text(),
+        };
+        reader.finish(configuration)
+    }
+
+    /// Moves what this run says about the program into what the image says about it.
+    pub fn apply(&mut self, program: &mut Program) {
+        if let Some(arguments) = self.arguments.take() {
+            program.arguments.truncate(1);
+            program.arguments.extend(arguments);
+        }
+        if !self.environment.is_empty() {
+            let added = mem::take(&mut self.environment);
+            program.environment.retain(|entry| {
+                let name = entry.split_once('=').map_or("", |(name, _)| name);
+                !added.contains_key(name)
+            });
+            let added = added.iter();
+            program
+                .environment
+                .extend(added.map(|(name, value)| [name, "=", value].concat()));
+        }
+        if let Some(directory) = self.working_directory.take() {
+            program.working_directory = directory;
+        }
+        if let Some(user) = self.user.take() {
+            program.user = user;
+        }
     }
 }
 
@@ -69,6 +131,50 @@ pub enum Network {
     Dhcp,
     /// The kernel's own TCP/IP with given addresses.
     Static(StaticNetwork),
+}
+
+impl Network {
+    fn write(&self, writer: &mut Writer) {
+        match self {
+            Network::None => writer.number(0u64),
+            Network::Socket { name_servers } => {
+                writer.number(1u64);
+                writer.addresses(name_servers);
+            }
+            Network::Dhcp => writer.number(2u64),
+            Network::Static(network) => {
+                writer.number(3u64);
+                writer.list(&network.addresses, |writer, (address, prefix)| {
+                    writer.address(address);
+                    writer.number(*prefix);
+                });
+                writer.addresses(&network.gateways);
+                writer.addresses(&network.name_servers);
+                writer.option(network.mac, |writer, mac| writer.array(&mac));
+                writer.option(network.mtu, Writer::number);
+                writer.option(network.gateway_mac, |writer, mac| writer.array(&mac));
+            }
+        }
+    }
+
+    fn read(reader: &mut Reader<'_>) -> Network {
+        match reader.number_up_to(3) {
+            0 => Network::None,
+            1 => Network::Socket {
+                name_servers: reader.addresses(),
+            },
+            2 => Network::Dhcp,
+            _ => Network::Static(StaticNetwork {
+                addresses: reader
+                    .list(|reader| (reader.address(), reader.number_up_to(u8::MAX.into()) as u8)),
+                gateways: reader.addresses(),
+                name_servers: reader.addresses(),
+                mac: reader.option(Reader::array),
+                mtu: reader.option(|reader| reader.number_up_to(u16::MAX.into()) as u16),
+                gateway_mac: reader.option(Reader::array),
+            }),
+        }
+    }
 }
 
 /// Addresses given by hand.

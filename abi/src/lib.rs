@@ -7,6 +7,7 @@
 //! * [`image`]: how an image file is laid out;
 //! * [`manifest`]: what an image says about its program;
 //! * [`configuration`]: what one run adds to the manifest;
+//! * [`encoding`]: how the kernel gets both when it boots;
 //! * [`link`]: the messages between a running kernel and its monitor;
 //! * [`process`]: how the monitor starts the process shim.
 //!
@@ -18,6 +19,7 @@
 extern crate alloc;
 
 pub mod configuration;
+pub mod encoding;
 pub mod host;
 pub mod image;
 pub mod link;

@@ -1,13 +1,15 @@
 //! What an image says about its program.
 //!
-//! An image holds it twice: as JSON for people and tools ([`Manifest`]), and, as far as the kernel needs it, in
-//! postcard's encoding ([`Program`]), which takes a kernel that starts cold a tenth of the instructions to read.
+//! An image holds it twice: as JSON for people and tools ([`Manifest`]), and, as far as the kernel needs it, in the form that
+//! a kernel reads when it boots ([`Program`], [`crate::encoding`]).
 
-use alloc::{collections::BTreeMap, string::String, vec::Vec};
+use alloc::{collections::BTreeMap, string::String, vec, vec::Vec};
 use serde::{Deserialize, Serialize};
 
-/// Version of the manifest's format that this crate writes.
-pub const FORMAT: u32 = 2;
+use crate::encoding::{Error, Reader, Writer};
+
+/// Version of the manifest's format that this crate writes, and of what kernels of such images read when they boot.
+pub const FORMAT: u32 = 3;
 
 /// The manifest of an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,14 +46,14 @@ pub struct Manifest {
 }
 
 /// What the kernel needs of a manifest.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Program {
     /// [`Manifest::program`].
     pub path: String,
-    /// [`Manifest::arguments`].
+    /// All arguments: the program's name, which is its path, and [`Manifest::arguments`].
     pub arguments: Vec<String>,
-    /// [`Manifest::environment`], in order of names.
-    pub environment: Vec<(String, String)>,
+    /// [`Manifest::environment`] as the program gets it: `NAME=value`, in order of names.
+    pub environment: Vec<String>,
     /// [`Manifest::working_directory`].
     pub working_directory: String,
     /// [`Manifest::user`].
@@ -62,12 +64,14 @@ impl Manifest {
     /// What the kernel needs of it.
     #[must_use]
     pub fn program(&self) -> Program {
+        let mut arguments = vec![self.program.clone()];
+        arguments.extend_from_slice(&self.arguments);
         let environment = self.environment.iter();
         Program {
             path: self.program.clone(),
-            arguments: self.arguments.clone(),
+            arguments,
             environment: environment
-                .map(|(name, value)| (name.clone(), value.clone()))
+                .map(|(name, value)| [name, "=", value].concat())
                 .collect(),
             working_directory: self.working_directory.clone(),
             user: self.user,
@@ -77,12 +81,15 @@ impl Manifest {
 
 impl Program {
     /// The bytes as they lie in the image.
-    ///
-    /// # Errors
-    ///
-    /// None that is known: postcard's signature has one.
-    pub fn to_bytes(&self) -> Result<Vec<u8>, postcard::Error> {
-        postcard::to_allocvec(self)
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut writer = Writer::new();
+        writer.text(&self.path);
+        writer.texts(&self.arguments);
+        writer.texts(&self.environment);
+        writer.text(&self.working_directory);
+        self.user.write(&mut writer);
+        writer.finish()
     }
 
     /// Reads what [`Program::to_bytes`] wrote.
@@ -90,8 +97,16 @@ impl Program {
     /// # Errors
     ///
     /// The bytes are something else.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, postcard::Error> {
-        postcard::from_bytes(bytes)
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
+        let mut reader = Reader::new(bytes);
+        let program = Program {
+            path: reader.text(),
+            arguments: reader.texts(),
+            environment: reader.texts(),
+            working_directory: reader.text(),
+            user: User::read(&mut reader),
+        };
+        reader.finish(program)
     }
 }
 
@@ -103,6 +118,20 @@ pub struct User {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+}
+
+impl User {
+    pub(crate) fn write(self, writer: &mut Writer) {
+        writer.number(self.uid);
+        writer.number(self.gid);
+    }
+
+    pub(crate) fn read(reader: &mut Reader<'_>) -> User {
+        User {
+            uid: reader.word(),
+            gid: reader.word(),
+        }
+    }
 }
 
 /// A port of the program.

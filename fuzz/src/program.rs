@@ -324,13 +324,10 @@ pub fn manifest(bytes: &[u8]) {
         );
     }
     if let Ok(program) = Program::from_bytes(bytes) {
-        let again = program.to_bytes().expect("what was read can be written");
-        assert_eq!(Program::from_bytes(&again), Ok(program));
+        assert_eq!(Program::from_bytes(&program.to_bytes()), Ok(program));
     }
     if let Ok(configuration) = RunConfiguration::from_bytes(bytes) {
-        let again = configuration
-            .to_bytes()
-            .expect("what was read can be written");
+        let again = configuration.to_bytes();
         assert_eq!(RunConfiguration::from_bytes(&again), Ok(configuration));
     }
 }
@@ -349,10 +346,7 @@ pub fn manifest_seeds() -> Vec<Vec<u8>> {
         sample_manifest().program().to_bytes(),
         configuration.to_bytes(),
     ];
-    text.into_iter()
-        .flatten()
-        .chain(binary.into_iter().flatten())
-        .collect()
+    text.into_iter().flatten().chain(binary).collect()
 }
 
 #[cfg(test)]

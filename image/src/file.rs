@@ -199,10 +199,7 @@ pub fn write(
         path: path.into(),
         reason,
     };
-    let program = manifest
-        .program()
-        .to_bytes()
-        .map_err(|error| unusable(error.to_string()))?;
+    let program = manifest.program().to_bytes();
     let manifest =
         serde_json::to_vec_pretty(manifest).map_err(|error| unusable(error.to_string()))?;
     if manifest.len() as u64 > MAX_MANIFEST {

@@ -38,6 +38,7 @@ pub mod error;
 pub mod event;
 pub mod file;
 pub mod fs;
+pub mod hash;
 pub mod host;
 pub mod kernel;
 pub mod link;

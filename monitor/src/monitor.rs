@@ -400,9 +400,7 @@ impl<'a> Monitor<'a> {
             image_path: configuration.image.path.clone(),
             image,
             pieces: configuration.image.pieces,
-            configuration: run
-                .to_bytes()
-                .map_err(|error| Error::Protocol(error.to_string()))?,
+            configuration: run.to_bytes(),
             memory: configuration.memory,
             console: kernel_console,
             link: kernel_link,

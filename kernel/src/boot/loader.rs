@@ -1,21 +1,22 @@
 //! Loads the program: its ELF file and interpreter into memory, arguments and environment onto its stack
 //! (System V ABI for x86-64, `ld.so(8)`, `getauxval(3)`).
 
-use alloc::{
-    format,
-    string::{String, ToString},
-    sync::Arc,
-    vec::Vec,
-};
+use alloc::{format, string::String, sync::Arc, vec::Vec};
 
-use kiln_abi::host::{PAGE_SIZE, Protection};
+use kiln_abi::{
+    host::{PAGE_SIZE, Protection},
+    manifest::Program,
+};
 use linux_raw_sys::{auxvec, elf};
 
 use super::STACK_SIZE;
 use crate::{
     Errno, Kernel,
     file::Sink,
-    fs::{Inode, Kind},
+    fs::{
+        Inode, Kind,
+        vfs::{Resolve, View},
+    },
     memory::{AddressSpace, AreaFile, AreaFlags, Placement, page_round_up, user},
     task::Credentials,
 };
@@ -31,21 +32,6 @@ const MAX_STRINGS: usize = 2 << 20;
 
 const ELF_HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
-
-/// A program that cannot be started, and why.
-#[derive(Debug)]
-pub struct LoadError {
-    /// The file concerned.
-    pub path: String,
-    /// What is wrong with it.
-    pub reason: String,
-}
-
-impl core::fmt::Display for LoadError {
-    fn fmt(&self, formatter: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(formatter, "cannot start {}: {}", self.path, self.reason)
-    }
-}
 
 /// A program in memory, ready to run.
 pub struct Loaded {
@@ -207,11 +193,7 @@ fn map(
             .filter(|segment| segment.kind == elf::PT_LOAD)
     };
     let bad = || String::from("its segments make no sense");
-    let low = loads()
-        .map(|segment| segment.address & !(PAGE - 1))
-        .min()
-        .ok_or_else(bad)?;
-    let mut high = 0u64;
+    let (mut low, mut high) = (u64::MAX, 0);
     for segment in loads() {
         let end = segment
             .address
@@ -232,9 +214,11 @@ fn map(
                         link it without -z execstack, -N or text relocations"
                 .into());
         }
+        low = low.min(segment.address & !(PAGE - 1));
         high = high.max(end);
     }
-    let span = page_round_up((high - low) as usize).ok_or_else(bad)?;
+    let span = high.checked_sub(low).ok_or_else(bad)?;
+    let span = page_round_up(span as usize).ok_or_else(bad)?;
     let fail = |error: Errno| match error {
         Errno::ENOMEM => {
             String::from("there is not enough memory for it; give the instance more (-m)")
@@ -319,86 +303,95 @@ fn map(
     })
 }
 
-fn random_pages(kernel: &Kernel) -> Result<usize, Errno> {
-    let mut bytes = [0; 8];
-    kernel.host.entropy(&mut bytes)?;
-    Ok((u64::from_le_bytes(bytes) & ((1 << RANDOM_BITS) - 1)) as usize)
+/// The text of an error number.
+fn text(error: Errno) -> String {
+    format!("{error}")
 }
 
-/// Loads a program.
+/// Opens a file that is to be run.
+fn open(view: &View, path: &str) -> Result<Arc<dyn Inode>, String> {
+    let walk = view
+        .find(&view.root, path, Resolve::FOLLOW)
+        .map_err(|error| match error {
+            Errno::ENOENT => "there is no such file in the image".into(),
+            error => text(error),
+        })?;
+    let metadata = walk.metadata().map_err(text)?;
+    if metadata.kind != Kind::Regular {
+        return Err("it is not a regular file".into());
+    }
+    if metadata.permissions & 0o111 == 0 {
+        return Err(
+            "it is not executable; set its mode (chmod +x) before building the image".into(),
+        );
+    }
+    Ok(Arc::clone(walk.inode()))
+}
+
+/// Brings an ELF file into memory; if it may be anywhere, then at `wish`, unless that is 0.
+fn load_file(
+    view: &View,
+    memory: &mut AddressSpace,
+    path: &str,
+    wish: usize,
+) -> Result<(Headers, Mapped), String> {
+    let inode = open(view, path)?;
+    let headers = parse(&*inode)?;
+    let mapped = map(memory, &inode, &Arc::from(path), &headers, wish)?;
+    Ok((headers, mapped))
+}
+
+/// Something random.
+struct Randomness {
+    /// Numbers of pages: below the top of mappings, above the base of programs, between program and heap.
+    pages: [usize; 3],
+    /// For the program (`AT_RANDOM`), and to move its stack.
+    bytes: [u8; 24],
+}
+
+impl Randomness {
+    fn draw(kernel: &Kernel) -> Result<Randomness, Errno> {
+        let (mut pages, mut bytes) = ([0; 24], [0; 24]);
+        kernel.host.entropy(&mut pages)?;
+        kernel.host.entropy(&mut bytes)?;
+        let page =
+            |at| u64_at(&pages, at).map_or(0, |page| (page & ((1 << RANDOM_BITS) - 1)) as usize);
+        Ok(Randomness {
+            pages: [page(0), page(8), page(16)],
+            bytes,
+        })
+    }
+}
+
+/// Loads a program; `view` is what paths mean to the superuser.
 ///
 /// # Errors
 /// What is wrong with it, in words.
 pub fn load(
     kernel: &Arc<Kernel>,
-    path: &str,
-    arguments: &[String],
-    environment: &[String],
+    view: &View,
+    program: &Program,
     credentials: &Credentials,
-) -> Result<Loaded, LoadError> {
-    let at = |path: &str| {
-        let path = path.to_string();
-        move |reason: String| LoadError { path, reason }
-    };
-    let open = |path: &str| -> Result<Arc<dyn Inode>, LoadError> {
-        let fail = at(path);
-        let inode = super::find_file(kernel, path).map_err(|error| {
-            fail(match error {
-                Errno::ENOENT => "there is no such file in the image".into(),
-                error => format!("{error}"),
-            })
-        })?;
-        match inode.metadata() {
-            Ok(metadata) if metadata.kind != Kind::Regular => {
-                Err(at(path)("it is not a regular file".into()))
-            }
-            Ok(metadata) if metadata.permissions & 0o111 == 0 => Err(at(path)(
-                "it is not executable; set its mode (chmod +x) before building the image".into(),
-            )),
-            Ok(_) => Ok(inode),
-            Err(error) => Err(at(path)(format!("{error}"))),
-        }
-    };
-    let system = |error: Errno| LoadError {
-        path: path.to_string(),
-        reason: format!("{error}"),
-    };
+) -> Result<Loaded, String> {
+    let random = Randomness::draw(kernel).map_err(text)?;
+    let [top, base, gap] = random.pages;
+    let mut memory = AddressSpace::new(kernel.host, MAP_TOP - top * PAGE_SIZE);
 
-    let top = MAP_TOP - random_pages(kernel).map_err(system)? * PAGE_SIZE;
-    let mut memory = AddressSpace::new(kernel.host, top);
-
-    let inode = open(path)?;
-    let headers = parse(&*inode).map_err(at(path))?;
-    let base = PROGRAM_BASE + random_pages(kernel).map_err(system)? * PAGE_SIZE;
-    let program = map(&mut memory, &inode, &Arc::from(path), &headers, base).map_err(at(path))?;
+    let base = PROGRAM_BASE + base * PAGE_SIZE;
+    let (headers, mapped) = load_file(view, &mut memory, &program.path, base)?;
     let (entry, interpreter_base) = match &headers.interpreter {
-        None => (program.entry, 0),
-        Some(interpreter) => {
-            let inode = open(interpreter).map_err(|error| LoadError {
-                path: path.to_string(),
-                reason: format!(
-                    "its interpreter {} cannot be used: {}",
-                    error.path, error.reason
-                ),
-            })?;
-            let headers = parse(&*inode).map_err(at(interpreter))?;
-            let mapped = map(
-                &mut memory,
-                &inode,
-                &Arc::from(interpreter.as_str()),
-                &headers,
-                0,
-            )
-            .map_err(at(interpreter))?;
-            (mapped.entry, mapped.bias)
+        None => (mapped.entry, 0),
+        Some(path) => {
+            let (_, interpreter) = load_file(view, &mut memory, path, 0)
+                .map_err(|reason| format!("its interpreter {path} cannot be used: {reason}"))?;
+            (interpreter.entry, interpreter.bias)
         }
     };
 
     // The heap begins after the program's data, with a random gap.
-    let gap = random_pages(kernel).map_err(system)? % 8192 * PAGE_SIZE;
-    let heap = page_round_up(program.end as usize)
+    let heap = page_round_up(mapped.end as usize)
         .unwrap_or(usize::MAX)
-        .saturating_add(gap);
+        .saturating_add(gap % 8192 * PAGE_SIZE);
     memory.set_heap(heap);
 
     let access = Protection::READ | Protection::WRITE;
@@ -410,54 +403,45 @@ pub fn load(
             access,
             AreaFlags::STACK,
         )
-        .map_err(system)?;
+        .map_err(text)?;
     memory
         .protect(low, PAGE_SIZE, Protection::empty())
-        .map_err(system)?;
+        .map_err(text)?;
     let stack_top = (low + STACK_SIZE + PAGE_SIZE) as u64;
 
-    let vdso = super::vdso::map(kernel, &mut memory).map_err(system)?;
-
-    let mut random = [0u8; 24];
-    kernel.host.entropy(&mut random).map_err(system)?;
-    let mut auxiliary = Vec::new();
-    let mut add = |kind: u32, value: u64| {
-        auxiliary.push(u64::from(kind));
-        auxiliary.push(value);
-    };
-    add(auxvec::AT_SYSINFO_EHDR, vdso);
-    add(auxvec::AT_PHDR, program.table);
-    add(auxvec::AT_PHENT, PROGRAM_HEADER as u64);
-    add(auxvec::AT_PHNUM, headers.segments.len() as u64);
-    add(auxvec::AT_PAGESZ, PAGE_SIZE as u64);
-    add(auxvec::AT_BASE, interpreter_base);
-    add(auxvec::AT_FLAGS, 0);
-    add(auxvec::AT_ENTRY, program.entry);
-    add(auxvec::AT_UID, u64::from(credentials.uid[0]));
-    add(auxvec::AT_EUID, u64::from(credentials.uid[1]));
-    add(auxvec::AT_GID, u64::from(credentials.gid[0]));
-    add(auxvec::AT_EGID, u64::from(credentials.gid[1]));
-    add(auxvec::AT_SECURE, 0);
-    add(auxvec::AT_CLKTCK, 100);
-    add(
-        auxvec::AT_HWCAP,
-        u64::from(core::arch::x86_64::__cpuid(1).edx),
-    );
-    // HWCAP2_FSGSBASE.
-    add(auxvec::AT_HWCAP2, 2);
+    let vdso = super::vdso::map(kernel, &mut memory).map_err(text)?;
+    let [uid, effective_uid, _] = credentials.uid;
+    let [gid, effective_gid, _] = credentials.gid;
+    let hardware = core::arch::x86_64::__cpuid(1).edx;
     // Frame, XSAVE image, alignment.
-    add(
-        linux_raw_sys::auxvec::AT_MINSIGSTKSZ,
-        (kernel.cpu.extended_size() + 440 + 8 + 256) as u64,
-    );
-    let built = build_stack(stack_top, &random, path, arguments, environment, auxiliary)
-        .map_err(at(path))?;
-    user::write_bytes(built.pointer, &built.bytes).map_err(system)?;
+    let signal_stack = kernel.cpu.extended_size() + 440 + 8 + 256;
+    let auxiliary = [
+        (auxvec::AT_SYSINFO_EHDR, vdso),
+        (auxvec::AT_PHDR, mapped.table),
+        (auxvec::AT_PHENT, PROGRAM_HEADER as u64),
+        (auxvec::AT_PHNUM, headers.segments.len() as u64),
+        (auxvec::AT_PAGESZ, PAGE_SIZE as u64),
+        (auxvec::AT_BASE, interpreter_base),
+        (auxvec::AT_FLAGS, 0),
+        (auxvec::AT_ENTRY, mapped.entry),
+        (auxvec::AT_UID, u64::from(uid)),
+        (auxvec::AT_EUID, u64::from(effective_uid)),
+        (auxvec::AT_GID, u64::from(gid)),
+        (auxvec::AT_EGID, u64::from(effective_gid)),
+        (auxvec::AT_SECURE, 0),
+        (auxvec::AT_CLKTCK, 100),
+        (auxvec::AT_HWCAP, u64::from(hardware)),
+        // HWCAP2_FSGSBASE.
+        (auxvec::AT_HWCAP2, 2),
+        (auxvec::AT_MINSIGSTKSZ, signal_stack as u64),
+    ];
+    let stack = build_stack(stack_top, &random.bytes, program, &auxiliary)?;
+    user::write_bytes(stack.pointer, &stack.bytes).map_err(text)?;
     Ok(Loaded {
         memory,
         entry,
-        stack: built.pointer,
-        auxiliary: built.auxiliary,
+        stack: stack.pointer,
+        auxiliary: stack.auxiliary,
     })
 }
 
@@ -467,72 +451,152 @@ struct Stack {
     auxiliary: Vec<u8>,
 }
 
-/// Lays out what a program finds on its stack.
+/// Lays out what a program finds on its stack: words (the number of arguments, addresses of arguments and environment,
+/// auxiliary vector), then the strings that they point to.
 fn build_stack(
     top: u64,
     random: &[u8; 24],
-    path: &str,
-    arguments: &[String],
-    environment: &[String],
-    mut auxiliary: Vec<u64>,
+    program: &Program,
+    auxiliary: &[(u32, u64)],
 ) -> Result<Stack, String> {
-    // Strings lie at the top; their addresses go into the vectors below.
-    let mut strings = Vec::new();
-    let mut offsets = Vec::new();
-    let all = [path]
-        .into_iter()
-        .chain(arguments.iter().chain(environment).map(String::as_str));
-    for text in all {
-        if text.as_bytes().contains(&0) {
+    const PLATFORM: &[u8] = b"x86_64\0";
+    /// Entries of the auxiliary vector that are added here.
+    const ADDED: usize = 4;
+    let lists = [&program.arguments, &program.environment];
+    let mut strings = PLATFORM.len() + 16;
+    // How many arguments, a zero after each list, and the auxiliary vector.
+    let mut words = 3 + 2 * (auxiliary.len() + ADDED);
+    for text in lists.into_iter().flatten() {
+        if text.bytes().any(|byte| byte == 0) {
             return Err(format!(
                 "the argument or environment entry {text:?} contains a zero byte"
             ));
         }
-        offsets.push(strings.len() as u64);
-        strings.extend_from_slice(text.as_bytes());
-        strings.push(0);
+        strings += text.len() + 1;
+        words += 1;
     }
-    let platform = strings.len() as u64;
-    strings.extend_from_slice(b"x86_64\0");
-    let random_at = strings.len() as u64;
-    strings.extend_from_slice(&random[..16]);
-    if strings.len() > MAX_STRINGS {
+    if strings > MAX_STRINGS {
         return Err(format!(
             "its arguments and environment are longer than {MAX_STRINGS} bytes"
         ));
     }
     // Something random, so that the stack's address says nothing about its neighbours'.
     let shift = u64::from(random[16]) * 16;
-    let strings_at = (top - shift - strings.len() as u64) & !15;
-    auxiliary.extend([u64::from(auxvec::AT_PLATFORM), strings_at + platform]);
-    auxiliary.extend([u64::from(auxvec::AT_RANDOM), strings_at + random_at]);
-    auxiliary.extend([u64::from(auxvec::AT_EXECFN), strings_at]);
-    auxiliary.extend([u64::from(auxvec::AT_NULL), 0]);
+    let strings_at = (top - shift - strings as u64) & !15;
+    let pointer = (strings_at - words as u64 * 8) & !15;
+    let strings_from = (strings_at - pointer) as usize;
 
-    let mut words = alloc::vec![arguments.len() as u64];
-    let addresses: Vec<u64> = offsets
-        .iter()
-        .skip(1)
-        .map(|offset| strings_at + offset)
-        .collect();
-    let (first, second) = addresses.split_at(arguments.len());
-    words.extend_from_slice(first);
-    words.push(0);
-    words.extend_from_slice(second);
-    words.push(0);
-    words.extend_from_slice(&auxiliary);
-
-    let pointer = (strings_at - words.len() as u64 * 8) & !15;
-    let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    bytes.resize((strings_at - pointer) as usize, 0);
-    bytes.extend_from_slice(&strings);
-    let auxiliary = auxiliary
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect();
+    let mut bytes = Vec::with_capacity(strings_from + strings);
+    let mut put = |word: u64| bytes.extend_from_slice(&word.to_le_bytes());
+    put(program.arguments.len() as u64);
+    let mut next = strings_at;
+    for list in lists {
+        for text in list {
+            put(next);
+            next += text.len() as u64 + 1;
+        }
+        put(0);
+    }
+    // The first string is the program's path.
+    let added: [_; ADDED] = [
+        (auxvec::AT_EXECFN, strings_at),
+        (auxvec::AT_PLATFORM, next),
+        (auxvec::AT_RANDOM, next + PLATFORM.len() as u64),
+        (auxvec::AT_NULL, 0),
+    ];
+    for &(kind, value) in auxiliary.iter().chain(&added) {
+        put(u64::from(kind));
+        put(value);
+    }
+    let auxiliary = bytes[bytes.len() - (auxiliary.len() + ADDED) * 16..].to_vec();
+    bytes.resize(strings_from, 0);
+    for text in lists.into_iter().flatten() {
+        bytes.extend_from_slice(text.as_bytes());
+        bytes.push(0);
+    }
+    bytes.extend_from_slice(PLATFORM);
+    bytes.extend_from_slice(&random[..16]);
     Ok(Stack {
         pointer,
         bytes,
         auxiliary,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word(stack: &Stack, address: u64) -> u64 {
+        u64_at(&stack.bytes, (address - stack.pointer) as usize).unwrap()
+    }
+
+    fn string(stack: &Stack, address: u64) -> String {
+        let rest = &stack.bytes[(address - stack.pointer) as usize..];
+        let text = rest.split(|&byte| byte == 0).next().unwrap();
+        String::from_utf8(text.to_vec()).unwrap()
+    }
+
+    #[test]
+    fn the_stack_is_laid_out_as_the_abi_says() {
+        for name in ["/p", "/program"] {
+            let program = Program {
+                path: name.into(),
+                arguments: alloc::vec![name.into(), String::new(), "two".into()],
+                environment: alloc::vec!["A=1".into()],
+                ..Program::default()
+            };
+            let top = 0x7000_0000;
+            let random: [u8; 24] = core::array::from_fn(|index| index as u8 + 1);
+            let given = [(auxvec::AT_PAGESZ, 4096), (auxvec::AT_UID, 7)];
+            let stack = build_stack(top, &random, &program, &given).unwrap();
+            assert_eq!(stack.pointer % 16, 0);
+            assert!(stack.pointer + stack.bytes.len() as u64 <= top - 17 * 16);
+            assert!(stack.pointer + stack.bytes.len() as u64 > top - 18 * 16);
+
+            let mut at = stack.pointer;
+            let mut next = || {
+                at += 8;
+                word(&stack, at - 8)
+            };
+            assert_eq!(next(), 3);
+            let first = next();
+            assert_eq!(string(&stack, first), name);
+            for expected in ["", "two"] {
+                assert_eq!(string(&stack, next()), expected);
+            }
+            assert_eq!(next(), 0);
+            assert_eq!(string(&stack, next()), "A=1");
+            assert_eq!(next(), 0);
+            let auxiliary: Vec<(u64, u64)> = (0..6).map(|_| (next(), next())).collect();
+            assert_eq!(stack.auxiliary, &stack.bytes[7 * 8..(7 + 6 * 2) * 8]);
+            let value = |kind: u32| {
+                let found = auxiliary.iter().find(|entry| entry.0 == u64::from(kind));
+                found.unwrap().1
+            };
+            assert_eq!(value(auxvec::AT_PAGESZ), 4096);
+            assert_eq!(value(auxvec::AT_UID), 7);
+            assert_eq!(value(auxvec::AT_EXECFN), first);
+            assert_eq!(string(&stack, value(auxvec::AT_PLATFORM)), "x86_64");
+            let given = (value(auxvec::AT_RANDOM) - stack.pointer) as usize;
+            assert_eq!(stack.bytes[given..given + 16], random[..16]);
+            assert_eq!(auxiliary.last(), Some(&(u64::from(auxvec::AT_NULL), 0)));
+        }
+    }
+
+    #[test]
+    fn arguments_that_no_program_can_get_are_refused() {
+        let program = |argument: String| Program {
+            arguments: alloc::vec!["/p".into(), argument],
+            ..Program::default()
+        };
+        let build = |program| build_stack(1 << 30, &[0; 24], &program, &[]).map(drop);
+        assert!(build(program("a\0b".into())).unwrap_err().contains("zero"));
+        assert!(
+            build(program("a".repeat(MAX_STRINGS)))
+                .unwrap_err()
+                .contains("longer")
+        );
+        assert!(build(program("a".repeat(MAX_STRINGS - 100))).is_ok());
+    }
 }

@@ -6,13 +6,7 @@ mod loader;
 pub mod symbols;
 mod vdso;
 
-use alloc::{
-    boxed::Box,
-    format,
-    string::{String, ToString},
-    sync::Arc,
-    vec::Vec,
-};
+use alloc::{boxed::Box, format, string::String, sync::Arc};
 
 use kiln_abi::{
     configuration::RunConfiguration,
@@ -24,7 +18,11 @@ use kiln_abi::{
 use crate::{
     Kernel, Result,
     cpu::{Cpu, UserContext},
-    fs::{self, Inode, vfs},
+    fs::{
+        self,
+        vfs::{Resolve, View},
+    },
+    hash,
     host::Host,
     kernel::KernelParts,
     link::{HostDescriptor, Link, Receiver},
@@ -65,16 +63,18 @@ fn bytes(range: MemoryRange) -> &'static [u8] {
 }
 
 fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, String> {
-    let program = Program::from_bytes(bytes(boot.program)).map_err(|error| {
+    let mut program = Program::from_bytes(bytes(boot.program)).map_err(|error| {
         format!("the image's manifest is damaged ({error}); build the image again")
     })?;
-    let configuration: RunConfiguration = match bytes(boot.configuration) {
+    let mut configuration = match bytes(boot.configuration) {
         [] => RunConfiguration::default(),
         bytes => RunConfiguration::from_bytes(bytes).map_err(|error| {
             format!("the run's configuration cannot be read ({error}); build the image again with this version of Kiln")
         })?,
     };
+    configuration.apply(&mut program);
     trace::start(host, configuration.log.as_deref());
+    hash::start(host).map_err(|error| format!("there is nothing random: {error}"))?;
     let cpu = Cpu::start(&host, boot)
         .map_err(|error| format!("the engine refused the kernel: {error}"))?;
     let engine = if boot.engine == Engine::Process as u32 {
@@ -98,19 +98,17 @@ fn try_start(host: Host, boot: &'static BootInformation) -> Result<Arc<Kernel>, 
         fs::start(&kernel).map_err(|error| format!("the image's files cannot be used: {error}"))?;
     kernel.root.call_once(|| root);
     let device = crate::driver::network(&kernel, boot)?;
-    let network = kernel.configuration.network.clone();
-    let memory = kernel.memory_limit;
     kernel.net.call_once(|| {
         Net::new(
             host,
             &kernel.events,
             link.as_ref(),
-            &network,
-            memory,
+            &kernel.configuration.network,
+            kernel.memory_limit,
             device,
         )
     });
-    start_program(&kernel, &program)?;
+    start_program(&kernel, program)?;
     if let Some(link) = &link {
         link.set_receiver(Arc::new(Messages(Arc::clone(&kernel))));
         link.send(&ToMonitor::Started {
@@ -173,86 +171,40 @@ fn deliver(process: &Process, signal: Signal) {
     signal::send_to_process(process, SignalInfo::from_user(signal, 0, 0, 0));
 }
 
-/// The file at an absolute path, whatever its permissions.
-///
-/// # Errors
-/// As `path_resolution(7)`.
-pub fn find_file(kernel: &Kernel, path: &str) -> Result<Arc<dyn Inode>> {
-    let root = kernel.root.get().ok_or(crate::Errno::ENOENT)?;
-    let view = vfs::View {
-        root: root.clone(),
-        working_directory: root.clone(),
-        identity: vfs::Identity::default(),
-        umask: 0,
+fn start_program(kernel: &Arc<Kernel>, program: Program) -> Result<(), String> {
+    let credentials = Credentials::new(program.user.uid, program.user.gid);
+    let view = View::superuser(kernel.root.get().ok_or("the file tree is missing")?);
+    let directory = match program.working_directory.as_str() {
+        "" => "/",
+        directory => directory,
     };
-    let walk = view.find(root, path, vfs::Resolve::FOLLOW)?;
-    Ok(Arc::clone(walk.inode()))
-}
-
-fn start_program(kernel: &Arc<Kernel>, manifest: &Program) -> Result<(), String> {
-    let run = &kernel.configuration;
-    let path = manifest.path.as_str();
-    let mut arguments = alloc::vec![path.to_string()];
-    arguments.extend(
-        run.arguments
-            .as_ref()
-            .unwrap_or(&manifest.arguments)
-            .iter()
-            .cloned(),
-    );
-    let kept = manifest.environment.iter();
-    let kept = kept
-        .filter(|(name, _)| !run.environment.contains_key(name))
-        .map(|(name, value)| (name, value));
-    let environment: Vec<String> = kept
-        .chain(&run.environment)
-        .map(|(name, value)| [name, "=", value].concat())
-        .collect();
-    let user = run.user.unwrap_or(manifest.user);
-    let credentials = Credentials::new(user.uid, user.gid);
-
-    let root = kernel.root.get().ok_or("the file tree is missing")?.clone();
-    let directory = run
-        .working_directory
-        .as_deref()
-        .unwrap_or(&manifest.working_directory);
-    let view = vfs::View {
-        root: root.clone(),
-        working_directory: root.clone(),
-        identity: vfs::Identity::default(),
-        umask: 0o22,
-    };
-    let directory = if directory.is_empty() { "/" } else { directory };
     let working_directory = view
-        .find(&root, directory, vfs::Resolve::FOLLOW)
-        .map(|walk| walk.location())
-        .map_err(|error| format!("the working directory {directory} cannot be entered: {error}"))?;
-
-    let loaded = loader::load(kernel, path, &arguments, &environment, &credentials)
-        .map_err(|error| error.to_string())?;
+        .find(&view.root, directory, Resolve::FOLLOW)
+        .map_err(|error| format!("the working directory {directory} cannot be entered: {error}"))?
+        .location();
+    let loaded = loader::load(kernel, &view, &program, &credentials)
+        .map_err(|reason| format!("cannot start {}: {reason}", program.path))?;
     let process = Process::new(
         kernel,
         ProcessStart {
             memory: loaded.memory,
             file_system: FileSystemContext {
-                root,
+                root: view.root,
                 working_directory,
                 umask: 0o22,
             },
             credentials,
-            program: path.to_string(),
-            arguments,
-            environment,
+            program: program.path,
+            arguments: program.arguments,
+            environment: program.environment,
+            auxiliary: loaded.auxiliary,
         },
     );
-    *process.auxiliary.lock() = loaded.auxiliary;
-    for file in fs::standard_streams(kernel) {
-        process
-            .add_file(file, false)
-            .map_err(|error| format!("the console cannot be opened: {error}"))?;
-    }
-    let name = path.rsplit('/').next().unwrap_or(path);
-    let name = &name.as_bytes()[..name.len().min(NAME_LENGTH)];
+    fs::open_standard_streams(&process)
+        .map_err(|error| format!("the console cannot be opened: {error}"))?;
+    let path = process.program.as_bytes();
+    let name = path.rsplit(|&byte| byte == b'/').next().unwrap_or(path);
+    let name = &name[..name.len().min(NAME_LENGTH)];
     let main = process.add_thread(name, SignalSet::default(), ThreadControl::default());
     let context: Box<UserContext> = UserContext::new(loaded.entry, loaded.stack);
     kernel.process.call_once(|| Arc::clone(&process));

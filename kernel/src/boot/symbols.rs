@@ -10,7 +10,10 @@ use kiln_abi::host::MemoryRange;
 use crate::{
     Kernel,
     file::Sink,
-    fs::{Inode, MapSource},
+    fs::{
+        Inode, MapSource,
+        vfs::{Resolve, View},
+    },
 };
 
 /// Largest program file that is read for its symbols.
@@ -96,8 +99,9 @@ pub fn function(file: &[u8], offset: u32) -> Option<(&str, u64)> {
 /// The symbol of a file in the program's file tree, at an offset in the file.
 #[must_use]
 pub fn lookup(kernel: &Kernel, path: &str, offset: u64) -> Option<(String, u64)> {
-    let inode = super::find_file(kernel, path).ok()?;
-    let bytes = contents(kernel, &*inode)?;
+    let view = View::superuser(kernel.root.get()?);
+    let walk = view.find(&view.root, path, Resolve::FOLLOW).ok()?;
+    let bytes = contents(kernel, &**walk.inode())?;
     let (name, distance) = find(&bytes, |file| {
         let segments = file.segments()?;
         segments

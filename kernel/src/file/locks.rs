@@ -6,9 +6,7 @@
 
 use alloc::vec::Vec;
 
-use hashbrown::HashMap;
-
-use crate::{Errno, Result, file::Readiness, file::WatchList, sync::Mutex};
+use crate::{Errno, Result, file::Readiness, file::WatchList, hash::HashMap, sync::Mutex};
 
 /// Who has a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

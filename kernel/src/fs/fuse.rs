@@ -25,7 +25,6 @@ use core::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use hashbrown::HashMap;
 use kiln_abi::host::PAGE_SIZE;
 use linux_raw_sys::general as linux;
 
@@ -36,6 +35,7 @@ use super::{
 use crate::{
     Errno, Result,
     file::{File, OpenFlags, Sink, Source},
+    hash::HashMap,
     sync::Mutex,
 };
 
@@ -264,7 +264,7 @@ impl Fuse {
             read_only,
             next_request: AtomicU64::new(1),
             max_write: 4096,
-            nodes: Mutex::new(HashMap::new()),
+            nodes: Mutex::new(HashMap::default()),
             open: Mutex::new(Vec::new()),
             pool,
             shared: Mutex::new(Vec::new()),
@@ -348,7 +348,7 @@ impl Fuse {
             kind: metadata.kind,
             lookups: AtomicU64::new(lookups),
             attributes: Mutex::new((metadata, expires)),
-            names: Mutex::new(HashMap::new()),
+            names: Mutex::new(HashMap::default()),
             created: Mutex::new(None),
             changes: AtomicU64::new(0),
         });

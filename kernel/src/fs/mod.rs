@@ -26,7 +26,7 @@ use core::any::Any;
 
 use linux_raw_sys::general as linux;
 
-pub use tree::{console_input, finish, standard_streams, start};
+pub use tree::{console_input, finish, open_standard_streams, start};
 
 use crate::{
     Errno, Result,

@@ -447,7 +447,7 @@ fn meminfo(kernel: &Kernel, text: &mut String) {
     let used = kernel.host.memory_used() >> 10;
     let free = total.saturating_sub(used);
     let files = kernel.files.get().map_or(0, |files| {
-        u64::from(files.pool.used()) * (PAGE_SIZE as u64 >> 10)
+        u64::from(files.pool().used()) * (PAGE_SIZE as u64 >> 10)
     });
     let mapped = kernel
         .process
@@ -573,12 +573,7 @@ fn executable(kernel: &Arc<Kernel>) -> Arc<dyn Inode> {
         move || {
             let process = process(&jump)?;
             let root = jump.root.get().ok_or(Errno::ENOENT)?;
-            let view = super::vfs::View {
-                root: root.clone(),
-                working_directory: root.clone(),
-                identity: super::vfs::Identity::default(),
-                umask: 0,
-            };
+            let view = super::vfs::View::superuser(root);
             let walk = view.find(root, &process.program, super::vfs::Resolve::FOLLOW)?;
             Ok(walk.location())
         },
@@ -614,7 +609,7 @@ fn thread_files(kernel: &Arc<Kernel>, thread: Option<u32>) -> Entries {
         ),
         ("cmdline", bytes(|process| joined(&process.arguments))),
         ("environ", bytes(|process| joined(&process.environment))),
-        ("auxv", bytes(|process| process.auxiliary.lock().clone())),
+        ("auxv", bytes(|process| process.auxiliary.clone())),
         (
             "comm",
             TextFile::writable(
@@ -743,7 +738,7 @@ fn pages(process: &Process) -> (usize, u64, u64) {
         .kernel
         .files
         .get()
-        .map_or(0, |files| u64::from(files.pool.used()));
+        .map_or(0, |files| u64::from(files.pool().used()));
     (mapped, used.min(mapped as u64), files)
 }
 
@@ -971,7 +966,7 @@ fn mounts(kernel: &Kernel, text: &mut String) {
     let Some(root) = kernel.root.get() else {
         return;
     };
-    root.mount().catch_up();
+    root.mount().catch_up(None);
     for mount in root.mount().all() {
         let access = if mount.read_only { "ro" } else { "rw" };
         put(
@@ -988,7 +983,7 @@ fn mountinfo(kernel: &Kernel, text: &mut String) {
     let Some(root) = kernel.root.get() else {
         return;
     };
-    root.mount().catch_up();
+    root.mount().catch_up(None);
     let mounts = root.mount().all();
     for mount in &mounts {
         // The mount with the longest path above it.

@@ -5,22 +5,18 @@
 //! * `/dev/shm`: a tmpfs
 //! * volumes of the run, each at its path
 //!
-//! `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf` are written at boot; [`FileTree::write_file`] is for those who
-//! learn more later (a name server from DHCP).
+//! All of it but the root and the volumes is made when somebody first looks for it. So are `/etc/hostname`, `/etc/hosts` and
+//! `/etc/resolv.conf`; [`FileTree::write_file`] is for those who learn more later (a name server from DHCP).
 
-use alloc::{
-    boxed::Box,
-    format,
-    string::{String, ToString},
-    sync::Arc,
-    vec::Vec,
-};
+use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use kiln_abi::{
     configuration::{Network, RunConfiguration, Volume},
     link::FIRST_VOLUME,
 };
+
+use spin::Once;
 
 use super::{
     Clock, Inode, Kind, device_number,
@@ -29,7 +25,7 @@ use super::{
     pool::Pool,
     proc, sys,
     tmpfs::{Devices, Tmpfs, TmpfsParts},
-    vfs::{Identity, Location, Mount, MountSource, Resolve, View},
+    vfs::{Location, Mount, MountSource, Resolve, View},
 };
 use crate::{
     Errno, Kernel, Result,
@@ -41,6 +37,7 @@ use crate::{
     },
     host::Host,
     link::Link,
+    task::Process,
     trace,
 };
 
@@ -51,12 +48,12 @@ pub const DEFAULT_HOSTNAME: &str = "kiln";
 pub struct FileTree {
     /// Its root.
     pub root: Location,
-    /// Where tmpfs keeps data.
-    pub pool: Arc<Pool>,
+    /// What the tmpfs over the image is made of.
+    parts: TmpfsParts,
     /// Locks on files.
     pub locks: Arc<LockTable>,
-    /// Root of the file system that memory files belong to.
-    pub memory_files: Arc<dyn Inode>,
+    /// Root of the file system that memory files belong to, once there is one.
+    memory_files: Once<Arc<dyn Inode>>,
     /// What standard input reads.
     pub input: Arc<ConsoleInput>,
     next_mount: AtomicU64,
@@ -103,9 +100,6 @@ impl Devices for DeviceTable {
     }
 }
 
-/// Directories whose files the kernel makes when somebody looks for them.
-const LATER: &[&str] = &["dev", "etc"];
-
 /// Carries the requests of one volume over the link.
 struct VolumeTransport {
     link: Arc<Link>,
@@ -131,73 +125,66 @@ impl Clock for FileClock {
     }
 }
 
-/// Makes the file tree of an instance; returns its root.
+/// Makes the file tree of an instance; returns its root. What the kernel puts into it is made when somebody looks for it: a
+/// program looks at little, and each start counts.
 ///
 /// # Errors
 /// `EINVAL` when the image's root is no EROFS file system that can be read, `EIO` when it is damaged; what volumes say.
 pub fn start(kernel: &Arc<Kernel>) -> Result<Location> {
-    let pool = Pool::new(kernel.host, kernel.memory_limit);
-    let clock: Arc<dyn Clock> = Arc::new(FileClock(Arc::clone(kernel)));
     let input = Arc::new(ConsoleInput::default());
-    let devices: Arc<dyn Devices> = Arc::new(DeviceTable {
-        host: kernel.host,
-        input: Arc::clone(&input),
-    });
-    let parts = |minor: u32| TmpfsParts {
-        pool: Arc::clone(&pool),
-        clock: Arc::clone(&clock),
-        devices: Some(Arc::clone(&devices)),
-        device: device_number(0, minor),
+    let parts = TmpfsParts {
+        pool: Pool::new(kernel.host, kernel.memory_limit),
+        clock: Arc::new(FileClock(Arc::clone(kernel))),
+        devices: Some(Arc::new(DeviceTable {
+            host: kernel.host,
+            input: Arc::clone(&input),
+        })),
+        device: device_number(0, 21),
     };
     let image = Erofs::mount(kernel.root_image.bytes)?;
-    let root = Tmpfs::over(parts(21), &image.root()?)?;
     let root = Mount::root(MountSource {
         kind: "overlay",
-        source: String::from("kiln"),
+        source: "kiln",
         read_only: false,
-        root,
+        root: Tmpfs::over(parts.clone(), &image.root()?)?,
     });
-    let tree = FileTree {
+    let tree = kernel.files.call_once(|| FileTree {
         root: root.clone(),
-        memory_files: Tmpfs::empty(parts(1), 0o1777),
-        pool: Arc::clone(&pool),
+        parts,
         locks: Arc::new(LockTable::default()),
+        memory_files: Once::new(),
         input,
         next_mount: AtomicU64::new(2),
-    };
-    for (path, permissions) in [
-        ("/proc", 0o555),
-        ("/sys", 0o555),
-        ("/dev", 0o755),
-        ("/etc", 0o755),
-        ("/run", 0o755),
-        ("/tmp", 0o1777),
-    ] {
-        tree.make_directory(path, permissions)?;
-    }
-    tree.mount("/proc", "proc", "proc", false, proc::root(kernel))?;
-    tree.mount("/sys", "sysfs", "sysfs", true, sys::root(kernel))?;
-    let (devices, shared) = (
-        Tmpfs::empty(parts(6), 0o755),
-        Tmpfs::empty(parts(22), 0o1777),
-    );
-    let later = Arc::clone(kernel);
-    root.mount().put_off(LATER, move || {
-        let Some(tree) = later.files.get() else {
-            return;
-        };
-        if let Err(error) = tree.furnish(devices, shared, &later.configuration) {
-            trace::error!("the kernel's files in /dev and /etc cannot be made: {error}");
-        }
     });
-    let tree = kernel.files.call_once(|| tree);
+    for (names, make) in LATER {
+        let kernel = Arc::clone(kernel);
+        root.mount().put_off(names, move || {
+            if let Some(tree) = kernel.files.get()
+                && let Err(error) = make(tree, &kernel)
+            {
+                trace::error!(
+                    "the kernel's files in /{} cannot be made: {error}",
+                    names.join(", /")
+                );
+            }
+        });
+    }
     for (index, volume) in kernel.configuration.volumes.iter().enumerate() {
-        mount_volume(kernel, tree, &clock, index, volume).inspect_err(|error| {
+        mount_volume(kernel, tree, index, volume).inspect_err(|error| {
             trace::error!("the volume at {} cannot be mounted: {error}", volume.path);
         })?;
     }
     Ok(root)
 }
+
+/// Makes files of the kernel's.
+type Make = fn(&FileTree, &Arc<Kernel>) -> Result<()>;
+
+/// The names in the root directory that the kernel makes, or makes files below, and how.
+const LATER: [(&[&str], Make); 2] = [
+    (&["proc"], FileTree::mount_proc),
+    (&["dev", "etc", "run", "sys", "tmp"], FileTree::furnish),
+];
 
 /// The program has ended: gives volumes what it changed in shared mappings.
 pub fn finish(kernel: &Kernel) {
@@ -213,13 +200,7 @@ pub fn finish(kernel: &Kernel) {
     }
 }
 
-fn mount_volume(
-    kernel: &Kernel,
-    tree: &FileTree,
-    clock: &Arc<dyn Clock>,
-    index: usize,
-    volume: &Volume,
-) -> Result<()> {
+fn mount_volume(kernel: &Kernel, tree: &FileTree, index: usize, volume: &Volume) -> Result<()> {
     let link = Arc::clone(kernel.link.get().ok_or(Errno::ENODEV)?);
     let index = u32::try_from(index).map_err(|_| Errno::EINVAL)?;
     let transport = VolumeTransport {
@@ -229,8 +210,8 @@ fn mount_volume(
     let device = device_number(0, 40 + index);
     let root = Fuse::mount(
         Box::new(transport),
-        Arc::clone(clock),
-        Arc::clone(&tree.pool),
+        Arc::clone(&tree.parts.clock),
+        Arc::clone(&tree.parts.pool),
         device,
         volume.read_only,
     )?;
@@ -245,33 +226,50 @@ pub fn console_input(kernel: &Kernel, bytes: &[u8]) {
     }
 }
 
-/// Standard input, output and error.
-#[must_use]
-pub fn standard_streams(kernel: &Kernel) -> Vec<Arc<OpenFile>> {
-    let Some(files) = kernel.files.get() else {
-        return Vec::new();
-    };
+/// Opens standard input, output and error.
+///
+/// # Errors
+/// As [`Process::add_file`].
+pub fn open_standard_streams(process: &Process) -> Result<()> {
+    let kernel = &process.kernel;
+    let files = kernel.files.get().ok_or(Errno::ENODEV)?;
     let console: Arc<dyn File> = Console::new(kernel.host, Arc::clone(&files.input));
-    let path = || Some(String::from("/dev/console"));
-    [
+    for flags in [
         OpenFlags::empty(),
         OpenFlags::WRITE_ONLY,
         OpenFlags::WRITE_ONLY,
-    ]
-    .into_iter()
-    .map(|flags| OpenFile::with_path(Arc::clone(&console), flags, path()))
-    .collect()
+    ] {
+        let path = Some(String::from("/dev/console"));
+        let file = OpenFile::with_path(Arc::clone(&console), flags, path);
+        process.add_file(file, false)?;
+    }
+    Ok(())
 }
 
 impl FileTree {
+    /// What a tmpfs of this tree is made of.
+    fn parts(&self, minor: u32) -> TmpfsParts {
+        TmpfsParts {
+            device: device_number(0, minor),
+            ..self.parts.clone()
+        }
+    }
+
+    /// Where tmpfs keeps data.
+    #[must_use]
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.parts.pool
+    }
+
+    /// Root of the file system that memory files belong to.
+    pub fn memory_files(&self) -> &Arc<dyn Inode> {
+        self.memory_files
+            .call_once(|| Tmpfs::empty(self.parts(1), 0o1777))
+    }
+
     /// The tree as the superuser sees it.
     fn view(&self) -> View {
-        View {
-            root: self.root.clone(),
-            working_directory: self.root.clone(),
-            identity: Identity::default(),
-            umask: 0,
-        }
+        View::superuser(&self.root)
     }
 
     fn make(
@@ -287,58 +285,56 @@ impl FileTree {
             .map(drop)
     }
 
-    /// Makes a directory and those above it, unless they are there.
+    /// The directory at a path; made, with those above it, if it is missing.
     ///
     /// # Errors
-    /// `ENOTDIR` when something else is there.
-    pub fn make_directory(&self, path: &str, permissions: u32) -> Result<()> {
-        let mut end = 0;
-        while end < path.len() {
-            end = path[end + 1..]
-                .find('/')
-                .map_or(path.len(), |next| end + 1 + next);
-            let part = &path[..end];
+    /// As `mkdir(2)`. That nothing else is there is not checked.
+    pub fn make_directory(&self, path: &str, permissions: u32) -> Result<Location> {
+        let view = self.view();
+        let found = match view.find(&self.root, path, Resolve::FOLLOW) {
+            Err(Errno::ENOENT) => {
+                self.make_missing(path, permissions)?;
+                view.find(&self.root, path, Resolve::FOLLOW)
+            }
+            found => found,
+        };
+        Ok(found?.location())
+    }
+
+    fn make_missing(&self, path: &str, permissions: u32) -> Result<()> {
+        let ends = path.match_indices('/').map(|(end, _)| end);
+        for end in ends.skip(1).chain([path.len()]) {
             let permissions = if end == path.len() {
                 permissions
             } else {
                 0o755
             };
-            match self.make(part, Kind::Directory, permissions, "", 0) {
+            match self.make(&path[..end], Kind::Directory, permissions, "", 0) {
                 Ok(()) | Err(Errno::EEXIST) => {}
                 Err(error) => return Err(error),
             }
         }
-        let view = self.view();
-        let walk = view.find(&self.root, path, Resolve::FOLLOW)?;
-        if walk.metadata()?.kind == Kind::Directory {
-            Ok(())
-        } else {
-            Err(Errno::ENOTDIR)
-        }
+        Ok(())
     }
 
     /// Mounts a file system on a directory, which is made if it is missing.
     ///
     /// # Errors
-    /// As [`FileTree::make_directory`].
+    /// `ENOTDIR` if something else is there; as [`FileTree::make_directory`].
     pub fn mount(
         &self,
         path: &str,
         kind: &'static str,
-        source: &str,
+        source: &'static str,
         read_only: bool,
         root: Arc<dyn Inode>,
     ) -> Result<Location> {
-        self.make_directory(path, 0o755)?;
-        let place = self
-            .view()
-            .find(&self.root, path, Resolve::FOLLOW)?
-            .location();
+        let place = self.make_directory(path, 0o755)?;
         let identifier = self.next_mount.fetch_add(1, Ordering::Relaxed);
         place.mount_here(
             MountSource {
                 kind,
-                source: source.to_string(),
+                source,
                 read_only,
                 root,
             },
@@ -373,13 +369,15 @@ impl FileTree {
         }
     }
 
-    /// Makes the files in [`LATER`].
-    fn furnish(
-        &self,
-        devices: Arc<dyn Inode>,
-        shared: Arc<dyn Inode>,
-        run: &RunConfiguration,
-    ) -> Result<()> {
+    fn mount_proc(&self, kernel: &Arc<Kernel>) -> Result<()> {
+        self.mount("/proc", "proc", "proc", false, proc::root(kernel))
+            .map(drop)
+    }
+
+    /// Makes everything but `/proc`.
+    fn furnish(&self, kernel: &Arc<Kernel>) -> Result<()> {
+        self.mount("/sys", "sysfs", "sysfs", true, sys::root(kernel))?;
+        let devices = Tmpfs::empty(self.parts(6), 0o755);
         self.mount("/dev", "devtmpfs", "devtmpfs", false, devices)?;
         for &(name, major, minor, permissions) in DEVICES {
             let (path, device) = (format!("/dev/{name}"), device_number(major, minor));
@@ -389,9 +387,11 @@ impl FileTree {
             let path = format!("/dev/{name}");
             self.make(&path, Kind::SymbolicLink, 0o777, target, 0)?;
         }
-        self.make_directory("/dev/shm", 0o1777)?;
+        let shared = Tmpfs::empty(self.parts(22), 0o1777);
         self.mount("/dev/shm", "tmpfs", "tmpfs", false, shared)?;
-        self.write_network_files(run)
+        self.make_directory("/run", 0o755)?;
+        self.make_directory("/tmp", 0o1777)?;
+        self.write_network_files(&kernel.configuration)
     }
 
     fn write_network_files(&self, run: &RunConfiguration) -> Result<()> {

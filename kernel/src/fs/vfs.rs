@@ -101,7 +101,7 @@ pub struct Mount {
     /// Kind: `tmpfs`, `proc`.
     pub kind: &'static str,
     /// What is mounted, as `/proc/mounts` shows it.
-    pub source: String,
+    pub source: &'static str,
     /// No changes allowed.
     pub read_only: bool,
     /// Where it is mounted, as an absolute path.
@@ -112,10 +112,10 @@ pub struct Mount {
     /// Locations in this mount that somebody may still hold: a rename changes their paths.
     locations: Mutex<Vec<Weak<Entry>>>,
     /// Work put off.
-    later: Mutex<Option<Later>>,
+    later: Mutex<Vec<Later>>,
 }
 
-/// What is done before somebody goes into a directory of one of some names for the first time.
+/// What is done before somebody looks for one of some names for the first time.
 struct Later {
     names: &'static [&'static str],
     work: Box<dyn FnOnce() + Send + Sync>,
@@ -126,7 +126,7 @@ pub struct MountSource {
     /// Kind: `tmpfs`, `proc`.
     pub kind: &'static str,
     /// What is mounted, as `/proc/mounts` shows it.
-    pub source: String,
+    pub source: &'static str,
     /// No changes allowed.
     pub read_only: bool,
     /// Its root directory.
@@ -156,34 +156,36 @@ impl Mount {
             root: source.root,
             children: Mutex::new(Vec::new()),
             locations: Mutex::new(Vec::new()),
-            later: Mutex::new(None),
+            later: Mutex::new(Vec::new()),
         })
     }
 
-    /// Puts work off until a path leads to a file of this mount with one of `names`: what most programs never look at need
-    /// not be there when they start.
+    /// Puts work off until a path of this mount has one of `names` in it: what most programs never look at need not be there
+    /// when they start.
     pub fn put_off(
         &self,
         names: &'static [&'static str],
         work: impl FnOnce() + Send + Sync + 'static,
     ) {
         let work = Box::new(work);
-        *self.later.lock() = Some(Later { names, work });
+        self.later.lock().push(Later { names, work });
     }
 
-    /// Does the work put off, if it is not done yet. The work itself may walk everywhere.
-    pub fn catch_up(&self) {
-        let later = self.later.lock().take();
-        if let Some(later) = later {
-            (later.work)();
+    /// Does the work put off until somebody looks for `name`, or all of it, unless it is done. The work itself may walk
+    /// everywhere.
+    pub fn catch_up(&self, name: Option<&str>) {
+        loop {
+            let mut later = self.later.lock();
+            let due = later
+                .iter()
+                .position(|later| name.is_none_or(|name| later.names.contains(&name)));
+            let Some(index) = due else {
+                return;
+            };
+            let due = later.remove(index);
+            drop(later);
+            (due.work)();
         }
-    }
-
-    fn is_waited_for(&self, name: &str) -> bool {
-        let later = self.later.lock();
-        later
-            .as_ref()
-            .is_some_and(|later| later.names.contains(&name))
     }
 
     fn mounted_on(&self, inode: &Arc<dyn Inode>) -> Option<Arc<Mount>> {
@@ -371,9 +373,9 @@ pub struct Walk<'a> {
 }
 
 /// Last name of a path, not yet looked up.
-enum Last {
+enum Last<'p> {
     /// An ordinary name; whether slashes follow.
-    Name(String, bool),
+    Name(&'p str, bool),
     /// The path led to a directory by `.`, `..` or `/`: it is there already.
     Arrived,
 }
@@ -470,7 +472,10 @@ impl<'a> Walk<'a> {
         if self.flags.contains(Resolve::ONE_MOUNT) && !Arc::ptr_eq(root.mount(), self.mount()) {
             return Err(Errno::EXDEV);
         }
-        self.restart(root);
+        // A walk mostly starts there.
+        if !self.trail.is_empty() || !Arc::ptr_eq(&root.0, &self.base.0) {
+            self.restart(root);
+        }
         Ok(())
     }
 
@@ -502,9 +507,6 @@ impl<'a> Walk<'a> {
     }
 
     fn push(&mut self, name: &str, inode: Arc<dyn Inode>) -> Result<()> {
-        if self.mount().is_waited_for(name) {
-            self.mount().catch_up();
-        }
         let (inode, mount) = match self.mount().mounted_on(&inode) {
             Some(mount) => {
                 if self.flags.contains(Resolve::ONE_MOUNT) {
@@ -544,6 +546,7 @@ impl<'a> Walk<'a> {
             return Err(Errno::ENAMETOOLONG);
         }
         self.check_search()?;
+        self.mount().catch_up(Some(name));
         self.inode().lookup(name)
     }
 
@@ -603,7 +606,7 @@ impl<'a> Walk<'a> {
     fn go(&mut self, path: &str) -> Result<()> {
         match self.go_to_last(path)? {
             Last::Arrived => Ok(()),
-            Last::Name(name, slash) => self.enter(&name, true, slash),
+            Last::Name(name, slash) => self.enter(name, true, slash),
         }
     }
 
@@ -623,23 +626,21 @@ impl<'a> Walk<'a> {
     }
 
     /// Goes along all but the last name of a path.
-    fn go_to_last(&mut self, path: &str) -> Result<Last> {
+    fn go_to_last<'p>(&mut self, path: &'p str) -> Result<Last<'p>> {
         if path.is_empty() {
             return Err(Errno::ENOENT);
         }
         if path.len() >= PATH_MAX {
             return Err(Errno::ENAMETOOLONG);
         }
-        if path.starts_with('/') {
+        let mut rest = without_slashes(path);
+        if rest.len() < path.len() {
             self.restart_at_root()?;
         }
-        let mut rest = path.trim_start_matches('/');
         while !rest.is_empty() {
-            let (name, after) = match rest.find('/') {
-                Some(end) => (&rest[..end], &rest[end..]),
-                None => (rest, ""),
-            };
-            rest = after.trim_start_matches('/');
+            let end = rest.bytes().position(|byte| byte == b'/');
+            let (name, after) = rest.split_at(end.unwrap_or(rest.len()));
+            rest = without_slashes(after);
             match name {
                 "." | ".." => {
                     // Both need a directory that may be searched.
@@ -652,7 +653,7 @@ impl<'a> Walk<'a> {
                     }
                 }
                 name if rest.is_empty() => {
-                    return Ok(Last::Name(String::from(name), !after.is_empty()));
+                    return Ok(Last::Name(name, !after.is_empty()));
                 }
                 name => {
                     let inode = self.look_up(name)?;
@@ -672,17 +673,34 @@ fn is_link(inode: &Arc<dyn Inode>) -> bool {
     inode.is_symbolic_link()
 }
 
+/// A path without the slashes that it begins with.
+fn without_slashes(path: &str) -> &str {
+    let start = path.bytes().position(|byte| byte != b'/');
+    path.split_at(start.unwrap_or(path.len())).1
+}
+
 /// A name in a directory that is to be made or removed.
 pub struct Target<'a> {
     /// The directory.
     pub directory: Walk<'a>,
     /// The name.
-    pub name: String,
+    pub name: &'a str,
     /// Slashes followed it.
     pub slash: bool,
 }
 
 impl View {
+    /// How the superuser sees the tree below `root`.
+    #[must_use]
+    pub fn superuser(root: &Location) -> View {
+        View {
+            root: root.clone(),
+            working_directory: root.clone(),
+            identity: Identity::default(),
+            umask: 0,
+        }
+    }
+
     /// Finds what a path leads to. `base` is where a relative path starts.
     ///
     /// # Errors
@@ -691,7 +709,7 @@ impl View {
         let mut walk = Walk::start(self, base, flags);
         match walk.go_to_last(path)? {
             Last::Arrived => {}
-            Last::Name(name, slash) => walk.enter(&name, flags.contains(Resolve::FOLLOW), slash)?,
+            Last::Name(name, slash) => walk.enter(name, flags.contains(Resolve::FOLLOW), slash)?,
         }
         Ok(walk)
     }
@@ -706,7 +724,7 @@ impl View {
     ///
     /// # Errors
     /// As `path_resolution(7)`; `EEXIST` when the path ends in `.`, `..` or is `/`.
-    pub fn target(&self, base: &Location, path: &str) -> Result<Target<'_>> {
+    pub fn target<'a>(&'a self, base: &Location, path: &'a str) -> Result<Target<'a>> {
         let mut walk = Walk::start(self, base, Resolve::empty());
         match walk.go_to_last(path)? {
             Last::Arrived => Err(Errno::EEXIST),
@@ -716,6 +734,7 @@ impl View {
                     return Err(Errno::ENOTDIR);
                 }
                 walk.check_search()?;
+                walk.mount().catch_up(Some(name));
                 Ok(Target {
                     directory: walk,
                     name,
@@ -797,7 +816,7 @@ impl View {
         device: u64,
     ) -> Result<Arc<dyn Inode>> {
         let target = self.target(base, path)?;
-        if target.directory.inode().lookup(&target.name).is_ok() {
+        if target.directory.inode().lookup(target.name).is_ok() {
             return Err(Errno::EEXIST);
         }
         if target.slash && kind != Kind::Directory {
@@ -811,7 +830,7 @@ impl View {
             link_target,
             device,
         );
-        target.directory.inode().create(&target.name, &creation)
+        target.directory.inode().create(target.name, &creation)
     }
 
     /// Opens, and makes the file if `flags` say so.
@@ -904,7 +923,7 @@ impl View {
                 Last::Arrived => return Err(Errno::EISDIR),
                 Last::Name(name, slash) => (name, slash),
             };
-            match walk.look_up(&name) {
+            match walk.look_up(name) {
                 Ok(_) if flags.contains(OpenFlags::EXCLUSIVE) => return Err(Errno::EEXIST),
                 Ok(inode) if is_link(&inode) && resolve.contains(Resolve::FOLLOW) => {
                     if let Some(place) = walk.magic(&inode)? {
@@ -917,7 +936,7 @@ impl View {
                 }
                 Ok(_) if slash => return Err(Errno::EISDIR),
                 Ok(inode) => {
-                    walk.push(&name, inode)?;
+                    walk.push(name, inode)?;
                     return self.open_found(&walk, flags, false);
                 }
                 Err(Errno::ENOENT) => {}
@@ -928,8 +947,8 @@ impl View {
             }
             self.check_change(&walk)?;
             let creation = self.creation(&walk.metadata()?, Kind::Regular, mode, "", 0);
-            let inode = walk.inode().create(&name, &creation)?;
-            walk.push(&name, inode)?;
+            let inode = walk.inode().create(name, &creation)?;
+            walk.push(name, inode)?;
             return self.open_found(&walk, flags, true);
         }
     }
@@ -967,6 +986,10 @@ impl View {
             self.identity.check(&metadata, mask)?;
         }
         if metadata.kind == Kind::Directory {
+            if same_inode(inode, &walk.mount().root) {
+                // It may be listed.
+                walk.mount().catch_up(None);
+            }
             let place = walk.location();
             let path = place.path();
             return Ok(OpenFile::with_path(
@@ -1011,7 +1034,7 @@ impl View {
             }
             other => other?,
         };
-        let inode = target.directory.inode().lookup(&target.name)?;
+        let inode = target.directory.inode().lookup(target.name)?;
         if target.slash && !directory {
             return Err(if inode.metadata()?.kind == Kind::Directory {
                 Errno::EISDIR
@@ -1023,7 +1046,7 @@ impl View {
         if target.directory.mount().mounted_on(&inode).is_some() {
             return Err(Errno::EBUSY);
         }
-        target.directory.inode().unlink(&target.name, directory)
+        target.directory.inode().unlink(target.name, directory)
     }
 
     /// Makes another name for a file.
@@ -1032,7 +1055,7 @@ impl View {
     /// As `link(2)`.
     pub fn link(&self, from: &Walk<'_>, base: &Location, path: &str) -> Result<()> {
         let target = self.target(base, path)?;
-        if target.directory.inode().lookup(&target.name).is_ok() {
+        if target.directory.inode().lookup(target.name).is_ok() {
             return Err(Errno::EEXIST);
         }
         if target.slash {
@@ -1045,7 +1068,7 @@ impl View {
             return Err(Errno::EPERM);
         }
         self.check_change(&target.directory)?;
-        target.directory.inode().link(&target.name, from.inode())
+        target.directory.inode().link(target.name, from.inode())
     }
 
     /// Renames; `flags` are `RENAME_*`.
@@ -1077,7 +1100,7 @@ impl View {
         if !Arc::ptr_eq(from.directory.mount(), to.directory.mount()) {
             return Err(Errno::EXDEV);
         }
-        let inode = from.directory.inode().lookup(&from.name)?;
+        let inode = from.directory.inode().lookup(from.name)?;
         let metadata = inode.metadata()?;
         let exchange = flags & linux::RENAME_EXCHANGE != 0;
         if (from.slash || (to.slash && !exchange)) && metadata.kind != Kind::Directory {
@@ -1088,7 +1111,7 @@ impl View {
         if mount.mounted_on(&inode).is_some() {
             return Err(Errno::EBUSY);
         }
-        match to.directory.inode().lookup(&to.name) {
+        match to.directory.inode().lookup(to.name) {
             Ok(_) if flags & linux::RENAME_NOREPLACE != 0 => return Err(Errno::EEXIST),
             Ok(existing) => {
                 if mount.mounted_on(&existing).is_some() {
@@ -1099,7 +1122,7 @@ impl View {
             Err(Errno::ENOENT) if !exchange => self.check_change(&to.directory)?,
             Err(error) => return Err(error),
         }
-        let old_path = join(from.directory.path(), &from.name);
+        let old_path = join(from.directory.path(), from.name);
         if metadata.kind == Kind::Directory {
             // A directory cannot go below itself.
             let mut above = Some(to.directory.location());
@@ -1111,7 +1134,7 @@ impl View {
             }
         }
         if exchange
-            && let Ok(existing) = to.directory.inode().lookup(&to.name)
+            && let Ok(existing) = to.directory.inode().lookup(to.name)
             && existing.metadata()?.kind == Kind::Directory
         {
             let mut above = Some(from.directory.location());
@@ -1124,8 +1147,8 @@ impl View {
         }
         from.directory
             .inode()
-            .rename(&from.name, to.directory.inode(), &to.name, flags)?;
-        let new_path = join(to.directory.path(), &to.name);
+            .rename(from.name, to.directory.inode(), to.name, flags)?;
+        let new_path = join(to.directory.path(), to.name);
         if old_path != new_path {
             mount.moved(&old_path, &new_path, &inode, &to.directory.location());
         }

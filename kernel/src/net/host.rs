@@ -33,7 +33,6 @@ use core::{
     sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering},
 };
 
-use hashbrown::HashMap;
 use kiln_abi::{
     host::{Event, Message, Slice, event_flags},
     link::{ToKernel, ToMonitor},
@@ -45,6 +44,7 @@ use crate::{
     Errno, Result,
     event::{EventHandler, Events},
     file::{Readiness, Sink, Source, WatchList},
+    hash::HashMap,
     host::Host,
     link::{HostDescriptor, Link},
     sync::Mutex,
@@ -842,8 +842,8 @@ impl HostNetwork {
             events: Arc::clone(events),
             link: Arc::clone(link),
             tables: Arc::clone(tables),
-            attempts: Mutex::new(HashMap::new()),
-            listening: Mutex::new(HashMap::new()),
+            attempts: Mutex::new(HashMap::default()),
+            listening: Mutex::new(HashMap::default()),
             next_request: AtomicU64::new(1),
             shared: Arc::default(),
             told_answered: AtomicBool::new(false),

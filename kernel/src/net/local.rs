@@ -12,11 +12,10 @@ use alloc::{
 };
 use core::net::{IpAddr, SocketAddr};
 
-use hashbrown::HashMap;
-
 use crate::{
     Errno, Result,
     file::{Readiness, WatchList},
+    hash::HashMap,
     sync::Mutex,
 };
 

@@ -12,13 +12,13 @@ use alloc::{
 };
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use hashbrown::HashMap;
 use linux_raw_sys::net as linux;
 use spin::Once;
 
 use crate::{
     Errno, Result,
     file::{File, OpenFile, Readiness, Sink, Source},
+    hash::HashMap,
     memory::user::bytes_of,
     sync::Mutex,
 };

@@ -1558,7 +1558,7 @@ fn memfd_create(call: &mut Call<'_>) -> Outcome {
         let files = call.kernel().files.get().ok_or(Errno::ENOMEM)?;
         let credentials = call.thread.credentials();
         let node = Tmpfs::unnamed_file(
-            &files.memory_files,
+            files.memory_files(),
             0o777,
             credentials.effective_uid(),
             credentials.effective_gid(),

@@ -11,9 +11,7 @@ use core::{
     task::{Context, Poll, Waker},
 };
 
-use hashbrown::HashMap;
-
-use crate::{Errno, Result, memory::user, sync::Mutex};
+use crate::{Errno, Result, hash::HashMap, memory::user, sync::Mutex};
 
 /// Matches every waiter (`FUTEX_BITSET_MATCH_ANY`).
 pub const ANY: u32 = u32::MAX;

@@ -68,7 +68,7 @@ pub struct Process {
     /// Its environment, `NAME=value`.
     pub environment: Vec<String>,
     /// The auxiliary vector, as bytes.
-    pub auxiliary: Mutex<Vec<u8>>,
+    pub auxiliary: Vec<u8>,
     /// What it says of itself by `prctl(2)`.
     pub control: Mutex<ProcessControl>,
     /// Nanoseconds of CPU time that its threads have used.
@@ -97,6 +97,8 @@ pub struct ProcessStart {
     pub arguments: Vec<String>,
     /// Environment.
     pub environment: Vec<String>,
+    /// Auxiliary vector, as bytes.
+    pub auxiliary: Vec<u8>,
 }
 
 impl Process {
@@ -130,7 +132,7 @@ impl Process {
             program: start.program,
             arguments: start.arguments,
             environment: start.environment,
-            auxiliary: Mutex::new(Vec::new()),
+            auxiliary: start.auxiliary,
             control: Mutex::new(ProcessControl {
                 dumpable: true,
                 ..ProcessControl::default()

@@ -5,8 +5,6 @@
 
 use alloc::{boxed::Box, collections::BTreeMap, string::String, sync::Arc, vec::Vec};
 
-use hashbrown::HashMap;
-
 use super::Node;
 use crate::{
     Result,
@@ -39,7 +37,7 @@ pub enum Found {
 /// A directory.
 pub struct Directory {
     lower: Option<Arc<dyn Inode>>,
-    names: HashMap<Box<str>, Slot>,
+    names: BTreeMap<Box<str>, Slot>,
     /// Names made here, in the order of making.
     order: BTreeMap<u64, Box<str>>,
     next: u64,
@@ -51,7 +49,7 @@ impl Directory {
     pub fn new(lower: Option<Arc<dyn Inode>>) -> Directory {
         Directory {
             lower,
-            names: HashMap::new(),
+            names: BTreeMap::new(),
             order: BTreeMap::new(),
             next: 0,
         }

@@ -23,7 +23,6 @@ use core::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use hashbrown::HashMap;
 use kiln_abi::host::PAGE_SIZE;
 use linux_raw_sys::general as linux;
 
@@ -34,6 +33,7 @@ use super::{
 use crate::{
     Errno, Result,
     file::{File, OpenFlags, Sink, Source, pipe::Fifo},
+    hash::HashMap,
     sync::Mutex,
 };
 use content::Content;
@@ -65,6 +65,7 @@ pub struct Tmpfs {
 }
 
 /// What a [`Tmpfs`] is made of.
+#[derive(Clone)]
 pub struct TmpfsParts {
     /// Where data is kept.
     pub pool: Arc<Pool>,
@@ -85,7 +86,7 @@ impl Tmpfs {
             device: parts.device,
             magic: u64::from(magic),
             next_inode: AtomicU64::new(FIRST_INODE),
-            linked: Mutex::new(HashMap::new()),
+            linked: Mutex::new(HashMap::default()),
         })
     }
 

@@ -517,7 +517,7 @@ fn seals_hold() {
 fn view(root: Arc<dyn Inode>) -> View {
     let root = Mount::root(MountSource {
         kind: "tmpfs",
-        source: String::from("test"),
+        source: "test",
         read_only: false,
         root,
     });
@@ -543,19 +543,33 @@ fn find(view: &View, path: &str) -> Result<String> {
 #[test]
 fn work_put_off_is_done_once_and_before_anybody_sees_what_it_makes() {
     let view = view(Tmpfs::empty(parts(64), 0o755));
-    make(&view, "/dev", Kind::Directory, "").unwrap();
     make(&view, "/other", Kind::Directory, "").unwrap();
-    let inside = view.clone();
-    view.root.mount().put_off(&["dev"], move || {
-        make(&inside, "/dev/null", Kind::Regular, "").unwrap();
-    });
+    let put_off = |names, paths: &'static [&'static str]| {
+        let inside = view.clone();
+        view.root.mount().put_off(names, move || {
+            for path in paths {
+                make(&inside, path, Kind::Directory, "").unwrap();
+            }
+        });
+    };
+    put_off(&["dev", "devices"], &["/dev", "/dev/shm"]);
+    put_off(&["sys"], &["/sys"]);
+    put_off(&["run"], &["/run"]);
     assert_eq!(find(&view, "/other").unwrap(), "/other");
-    let directory = view.root.inode().lookup("dev").unwrap();
-    assert_eq!(directory.lookup("null").err(), Some(Errno::ENOENT));
-    assert_eq!(find(&view, "other/../dev/null").unwrap(), "/dev/null");
-    view.remove(&view.root, "/dev/null", false).unwrap();
-    view.root.mount().catch_up();
-    assert_eq!(find(&view, "/dev/null"), Err(Errno::ENOENT));
+    assert_eq!(view.root.inode().lookup("dev").err(), Some(Errno::ENOENT));
+    assert_eq!(find(&view, "other/../dev/shm").unwrap(), "/dev/shm");
+    view.remove(&view.root, "/dev/shm", true).unwrap();
+    assert_eq!(find(&view, "/dev/shm"), Err(Errno::ENOENT));
+    // Who makes one of the names finds it made, too.
+    assert_eq!(make(&view, "/sys", Kind::Directory, ""), Err(Errno::EEXIST));
+    // So does who lists the directory.
+    assert_eq!(view.root.inode().lookup("run").err(), Some(Errno::ENOENT));
+    let flags = OpenFlags::DIRECTORY;
+    view.open(&view.root, "/", flags, 0, Resolve::FOLLOW)
+        .unwrap();
+    assert!(view.root.inode().lookup("run").is_ok());
+    view.root.mount().catch_up(None);
+    assert_eq!(find(&view, "/dev/shm"), Err(Errno::ENOENT));
 }
 
 #[test]
@@ -644,7 +658,7 @@ fn mounts_hide_and_can_be_left() {
     let other = Tmpfs::empty(parts(64), 0o755);
     let source = MountSource {
         kind: "tmpfs",
-        source: String::from("other"),
+        source: "other",
         read_only: true,
         root: other,
     };
