@@ -92,6 +92,28 @@ int main(void) {
     TRY(file, sink = file[page - 1]);
     TRY(file + page, sink = file[page]);
     TRY(file + page, file[page] = 1);
+    CALL(pread(fd, (char *)file + page, 1, 0));
+    CALL(mprotect((char *)file, 2 * page, PROT_READ));
+    TRY(file + page, sink = file[page]);
+    CALL(mprotect((char *)file, 2 * page, PROT_READ | PROT_WRITE));
+    TRY(file + page, sink = file[page]);
+    MUST(ftruncate(fd, 2 * page));
+    TRY(file + page, file[page] = 'g');
+    char grown = 0;
+    CALL(pread(fd, &grown, 1, page));
+    SHOW(grown);
+    volatile char *copy = mmap(NULL, 4 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+    TRY(copy + page, SHOW(copy[page]));
+    TRY(copy + 2 * page, sink = copy[2 * page]);
+    copy[0] = 'c';
+    copy = mremap((char *)copy, 4 * page, 8 * page, MREMAP_MAYMOVE);
+    SHOW(copy[0]);
+    SHOW(copy[page]);
+    TRY(copy + 2 * page, sink = copy[2 * page]);
+    TRY(copy + 7 * page, sink = copy[7 * page]);
+    MUST(ftruncate(fd, 3 * page));
+    TRY(copy + 2 * page, SHOW(copy[2 * page]));
+    TRY(copy + 3 * page, sink = copy[3 * page]);
 
     section("instructions");
     TRY(NULL, __asm__ volatile("ud2"));

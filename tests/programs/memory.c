@@ -174,6 +174,22 @@ int main(void) {
     CALL(mprotect(text, page, PROT_READ | PROT_EXEC));
     SHOW(((int (*)(void))text)());
 
+    section("what is no file");
+    int device = MUST(open("/dev/zero", O_RDWR));
+    char *zeros = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE, device, 0);
+    SHOW(zeros != MAP_FAILED && zeros[page] == 0);
+    zeros[page] = 1;
+    zeros = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE, MAP_SHARED, device, 0);
+    SHOW(zeros != MAP_FAILED && zeros[page] == 0);
+    zeros[page] = 1;
+    close(device);
+    device = MUST(open("/dev/null", O_RDWR));
+    DONE(mmap(NULL, page, PROT_READ, MAP_PRIVATE, device, 0));
+    close(device);
+    int directory = MUST(open("/", O_RDONLY | O_DIRECTORY));
+    DONE(mmap(NULL, page, PROT_READ, MAP_PRIVATE, directory, 0));
+    close(directory);
+
     section("large");
     size_t huge = (size_t)1 << 36;
     char *reserved = mmap(NULL, huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -10,46 +10,6 @@ use std::{
 
 use crate::{Kiln, Outcome, RUN_DEADLINE, engines, run, workspace};
 
-/// A line in which a unikernel is known to differ from Linux. A limit to be lifted: the entry goes with it.
-struct Known {
-    program: &'static str,
-    linux: &'static str,
-    unikernel: &'static str,
-}
-
-/// All of them, each with what it means for programs.
-const KNOWN: &[Known] = &[
-    // Pages of a mapping that lie beyond the end of the file read as zeros.
-    Known {
-        program: "faults-",
-        linux: "sink = file[page]: signal 7 code 2 address as expected",
-        unikernel: "sink = file[page]: no fault",
-    },
-    Known {
-        program: "faults-",
-        linux: "file[page] = 1: signal 7 code 2 address as expected",
-        unikernel: "file[page] = 1: no fault",
-    },
-    // A stack that overflows runs into a guard page: memory that is there and forbidden, not missing.
-    Known {
-        program: "faults-",
-        linux: "signal 11 code 1 address other",
-        unikernel: "signal 11 code 2 address other",
-    },
-    // A shared mapping of a file that was opened for reading can be made writable, where the file is in memory.
-    Known {
-        program: "memory-",
-        linux: "mprotect(mmap(NULL, page, PROT_READ, MAP_SHARED, fd, 0), page, PROT_READ | PROT_WRITE): EACCES",
-        unikernel: "mprotect(mmap(NULL, page, PROT_READ, MAP_SHARED, fd, 0), page, PROT_READ | PROT_WRITE): 0",
-    },
-    // Another error for an option of another protocol.
-    Known {
-        program: "socket_options-",
-        linux: "TCP_NODELAY: EOPNOTSUPP",
-        unikernel: "TCP_NODELAY: ENOPROTOOPT",
-    },
-];
-
 /// How a program is linked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -237,7 +197,7 @@ fn compare_program(
         }
         words.extend(arguments.iter().map(OsStr::new));
         let outcome = kiln.run(words);
-        if let Some(difference) = difference(&native, &outcome, &name) {
+        if let Some(difference) = difference(&native, &outcome) {
             differences.push(format!(
                 "{name} {} on {engine}: {difference}",
                 arguments.join(" ")
@@ -247,19 +207,13 @@ fn compare_program(
 }
 
 /// The first difference between two runs, with what led to it. Standard output is the program's alone.
-fn difference(native: &Outcome, unikernel: &Outcome, name: &str) -> Option<String> {
+fn difference(native: &Outcome, unikernel: &Outcome) -> Option<String> {
     let expected: Vec<&str> = native.output.lines().collect();
     let found: Vec<&str> = unikernel.output.lines().collect();
-    let alike = |one: &str, other: &str| {
-        one == other
-            || KNOWN.iter().any(|known| {
-                name.starts_with(known.program) && known.linux == one && known.unikernel == other
-            })
-    };
     let same = expected
         .iter()
         .zip(&found)
-        .take_while(|(one, other)| alike(one, other))
+        .take_while(|(one, other)| one == other)
         .count();
     if same == expected.len() && same == found.len() && native.code() == unikernel.code() {
         return None;

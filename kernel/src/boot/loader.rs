@@ -395,17 +395,22 @@ pub fn load(
     memory.set_heap(heap);
 
     let access = Protection::READ | Protection::WRITE;
-    // One page below the stack stays without access, so that running over its end is a fault.
+    // One page below the stack stays free, so that running over its end is a fault.
     let low = memory
         .map_zero(
             Placement::Anywhere(0),
-            STACK_SIZE + PAGE_SIZE,
-            access,
-            AreaFlags::STACK,
+            PAGE_SIZE + STACK_SIZE,
+            Protection::empty(),
+            AreaFlags::GUARD,
         )
         .map_err(text)?;
     memory
-        .protect(low, PAGE_SIZE, Protection::empty())
+        .map_zero(
+            Placement::Fixed(low + PAGE_SIZE),
+            STACK_SIZE,
+            access,
+            AreaFlags::STACK,
+        )
         .map_err(text)?;
     let stack_top = (low + STACK_SIZE + PAGE_SIZE) as u64;
 

@@ -51,6 +51,10 @@ bitflags! {
         const HEAP = 2;
         /// The first thread's stack.
         const STACK = 4;
+        /// A shared mapping of a file that was opened for reading only: it never becomes writable.
+        const READ_ONLY_FILE = 8;
+        /// Kept free of mappings; to the program nothing is there.
+        const GUARD = 16;
     }
 }
 
@@ -72,6 +76,8 @@ pub struct Area {
     pub start: usize,
     /// End (exclusive).
     pub end: usize,
+    /// End of what has pages: less than `end` where a mapping is longer than its file. The rest is mapped without access.
+    backed: usize,
     /// Access.
     pub protection: Protection,
     /// Properties.
@@ -88,11 +94,13 @@ impl Area {
         }
         part.start = start;
         part.end = end;
+        part.backed = self.backed.clamp(start, end);
         part
     }
 
     fn continues(&self, next: &Area) -> bool {
         self.end == next.start
+            && self.backed == self.end
             && self.protection == next.protection
             && self.flags == next.flags
             && match (&self.file, &next.file) {
@@ -104,6 +112,19 @@ impl Area {
                 _ => false,
             }
     }
+}
+
+/// What an access that failed was about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing is mapped there.
+    Missing,
+    /// The mapping does not allow it.
+    Denied,
+    /// It is beyond the end of the mapped file.
+    BeyondFile,
+    /// The file has grown: there are pages now, and the access can be made again.
+    Mended,
 }
 
 /// Where a new mapping goes.
@@ -149,9 +170,11 @@ impl AddressSpace {
         self.mapped
     }
 
-    /// All ranges, lowest first.
+    /// All ranges that the program is told of, lowest first.
     pub fn areas(&self) -> impl Iterator<Item = &Area> {
-        self.areas.iter()
+        self.areas
+            .iter()
+            .filter(|area| !area.flags.contains(AreaFlags::GUARD))
     }
 
     /// The place in the books of the first range that ends after an address.
@@ -266,6 +289,7 @@ impl AddressSpace {
         self.remember(Area {
             start,
             end: start + length,
+            backed: start + length,
             protection,
             flags,
             file: None,
@@ -274,7 +298,8 @@ impl AddressSpace {
     }
 
     /// Maps a file. Pages that the file system can show in place are mapped; others are copied, for private mappings and
-    /// for shared ones that cannot be written. What lies beyond the end of the file reads as zeros.
+    /// for shared ones that cannot be written. What lies beyond the end in the file's last page reads as zeros; pages beyond
+    /// that are there without access, until the file has grown ([`AddressSpace::fault`]).
     ///
     /// # Errors
     /// As [`AddressSpace::map_zero`]; `ENODEV` for a shared writable mapping of a file whose pages cannot be shared.
@@ -290,19 +315,20 @@ impl AddressSpace {
         let shared = flags.contains(AreaFlags::SHARED);
         let start = self.choose(placement, length)?;
         let size = file.inode.metadata()?.size;
+        let backed = usize::try_from(size.saturating_sub(file.offset))
+            .ok()
+            .and_then(page_round_up)
+            .map_or(length, |pages| pages.min(length));
         // Find out first what is possible, so that a refusal leaves everything as it was.
         let mut pieces: Vec<(usize, Option<MapSource>)> = Vec::new();
         let mut done = 0;
-        while done < length {
+        while done < backed {
             let position = file.offset + done as u64;
             let in_file = size.saturating_sub(position);
-            let rest = (length - done) as u64;
-            let (bytes, source) = match in_file {
-                0 => (rest, None),
-                _ => match file.inode.map_source(position)? {
-                    Some((source, available)) => (available, Some(source)),
-                    None => (in_file, None),
-                },
+            let rest = (backed - done) as u64;
+            let (bytes, source) = match file.inode.map_source(position)? {
+                Some((source, available)) => (available, Some(source)),
+                None => (in_file, None),
             };
             // Bytes that are not whole pages of the root are copied, up to the end of their page.
             let whole = bytes.min(in_file) & !(PAGE_SIZE as u64 - 1);
@@ -311,11 +337,7 @@ impl AddressSpace {
                 Some(MapSource::Root(_)) => (whole, source),
                 _ => (bytes, source),
             };
-            let refused = match source {
-                Some(MapSource::Root(_)) => true,
-                Some(MapSource::Pool(_)) => false,
-                None => in_file > 0,
-            };
+            let refused = !matches!(source, Some(MapSource::Pool(_)));
             if refused && shared && protection.contains(Protection::WRITE) {
                 return Err(Errno::ENODEV);
             }
@@ -324,6 +346,11 @@ impl AddressSpace {
             done += piece;
         }
         self.forget(start, start + length);
+        if backed < length {
+            let (address, rest) = (start + backed, length - backed);
+            self.host
+                .map(address, rest, Protection::empty(), Source::Zero, 0)?;
+        }
         let mut done = 0;
         for (piece, source) in pieces {
             let address = start + done;
@@ -344,6 +371,7 @@ impl AddressSpace {
         self.remember(Area {
             start,
             end: start + length,
+            backed: start + backed,
             protection,
             flags,
             file: Some(file),
@@ -425,14 +453,15 @@ impl AddressSpace {
             area.flags.contains(AreaFlags::SHARED)
                 && protection.contains(Protection::WRITE)
                 && !area.protection.contains(Protection::WRITE)
-                && area.file.as_ref().is_some_and(|file| {
-                    !matches!(
-                        file.inode.map_source(file.offset),
-                        Ok(Some((MapSource::Pool(_), _)))
-                    )
-                })
+                && (area.flags.contains(AreaFlags::READ_ONLY_FILE)
+                    || area.file.as_ref().is_some_and(|file| {
+                        !matches!(
+                            file.inode.map_source(file.offset),
+                            Ok(Some((MapSource::Pool(_), _)))
+                        )
+                    }))
         });
-        let result = if refused {
+        let mut result = if refused {
             Err(Errno::EACCES)
         } else {
             self.host.protect(start, end - start, protection)
@@ -440,12 +469,47 @@ impl AddressSpace {
         if result.is_ok() {
             for area in areas {
                 area.protection = protection;
+                if area.backed < area.end {
+                    let (rest, length) = (area.backed, area.end - area.backed);
+                    result = self.host.protect(rest, length, Protection::empty());
+                }
             }
         }
         for place in (first.saturating_sub(1)..after).rev() {
             self.join(place);
         }
         result
+    }
+
+    /// Finds out why an access failed, and gives pages of a file that has grown since it was mapped.
+    ///
+    /// # Errors
+    /// Those of mapping the pages.
+    pub fn fault(&mut self, address: usize) -> Result<Fault> {
+        let Some(area) = self.area_at(address) else {
+            return Ok(Fault::Missing);
+        };
+        if area.flags.contains(AreaFlags::GUARD) {
+            return Ok(Fault::Missing);
+        }
+        if address < area.backed {
+            return Ok(Fault::Denied);
+        }
+        let rest = area.slice(area.backed, area.end);
+        let Some(file) = &rest.file else {
+            return Ok(Fault::Denied);
+        };
+        let position = file.offset + ((address & !(PAGE_SIZE - 1)) - rest.start) as u64;
+        if position >= file.inode.metadata()?.size {
+            return Ok(Fault::BeyondFile);
+        }
+        if rest.flags.contains(AreaFlags::SHARED) && !rest.flags.contains(AreaFlags::READ_ONLY_FILE)
+        {
+            let length = (rest.end - rest.start) as u64;
+            file.inode.prepare_shared(file.offset, length)?;
+        }
+        self.map_like(&rest, rest.start, rest.end)?;
+        Ok(Fault::Mended)
     }
 
     /// Gives the memory of private ranges back (`MADV_DONTNEED`).
@@ -542,30 +606,23 @@ impl AddressSpace {
         };
         let destination = self.choose(placement, new_length)?;
         let part = area.slice(start, old_end);
-        let copy = old_length.min(new_length);
-        if part.flags.contains(AreaFlags::SHARED) {
-            if let Some(file) = part.file.clone() {
-                let fixed = Placement::Fixed(destination);
-                self.map_file(fixed, new_length, part.protection, part.flags, file)?;
-            }
-        } else {
+        let moved = Area {
+            start: destination,
+            end: destination + new_length,
+            ..part.clone()
+        };
+        self.map_like(&moved, moved.start, moved.end)?;
+        let copy = new_length.min(part.backed - start);
+        if copy > 0 && !part.flags.contains(AreaFlags::SHARED) {
             let access = Protection::READ | Protection::WRITE;
-            self.forget(destination, destination + new_length);
-            self.host
-                .map(destination, new_length, access, Source::Zero, 0)?;
+            self.host.protect(destination, copy, access)?;
             if !part.protection.contains(Protection::READ) {
-                self.host.protect(start, old_length, Protection::READ)?;
+                self.host.protect(start, copy, Protection::READ)?;
             }
             user::copy_within(destination, start, copy)?;
             if part.protection != access {
-                self.host
-                    .protect(destination, new_length, part.protection)?;
+                self.host.protect(destination, copy, part.protection)?;
             }
-            self.remember(Area {
-                start: destination,
-                end: destination + new_length,
-                ..part
-            });
         }
         self.unmap(start, old_length)?;
         Ok(destination)
@@ -645,7 +702,7 @@ impl AddressSpace {
         if let Some([area, next]) = self.areas.get_mut(place..place + 2)
             && area.continues(next)
         {
-            area.end = next.end;
+            (area.end, area.backed) = (next.end, next.backed);
             self.areas.remove(place + 1);
         }
     }

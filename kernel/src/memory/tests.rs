@@ -1,9 +1,17 @@
 //! The address space against a model that keeps every page by itself.
 
 use alloc::{collections::BTreeMap, vec::Vec};
+use core::{
+    any::Any,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use super::*;
-use crate::host::quiet;
+use crate::{
+    file::{File, OpenFlags},
+    fs::{FileSystemStatistics, Kind, Metadata},
+    host::quiet,
+};
 
 const READ: Protection = Protection::READ;
 
@@ -212,4 +220,86 @@ fn mappings_grow_in_place_or_shrink() {
         space.remap(start, 7 * PAGE_SIZE + 1, PAGE_SIZE, false, None),
         Err(Errno::EFAULT)
     );
+}
+
+/// A file of the pool, of a size that changes.
+struct Growing(AtomicU64);
+
+impl Inode for Growing {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn metadata(&self) -> Result<Metadata> {
+        Ok(Metadata {
+            device: 0,
+            inode: 1,
+            kind: Kind::Regular,
+            permissions: 0o600,
+            links: 1,
+            uid: 0,
+            gid: 0,
+            special_device: 0,
+            size: self.0.load(Ordering::Relaxed),
+            block_size: 4096,
+            blocks: 0,
+            accessed: 0,
+            modified: 0,
+            changed: 0,
+        })
+    }
+
+    fn open(self: Arc<Self>, _flags: OpenFlags) -> Result<Arc<dyn File>> {
+        Err(Errno::ENODEV)
+    }
+
+    fn statistics(&self) -> Result<FileSystemStatistics> {
+        Ok(FileSystemStatistics::default())
+    }
+
+    fn map_source(&self, position: u64) -> Result<Option<(MapSource, u64)>> {
+        let rest = self.0.load(Ordering::Relaxed) - position;
+        Ok(Some((MapSource::Pool(position), rest)))
+    }
+
+    fn prepare_shared(&self, _position: u64, _length: u64) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn pages_beyond_the_end_of_a_file_come_when_it_has_grown() {
+    let mut space = AddressSpace::new(quiet_host(), 0x4000_0000_0000);
+    let inode = Arc::new(Growing(AtomicU64::new(1)));
+    let file = AreaFile {
+        inode: Arc::clone(&inode) as Arc<dyn Inode>,
+        path: Arc::from("/file"),
+        offset: 0,
+    };
+    let (length, shared) = (4 * PAGE_SIZE, AreaFlags::SHARED);
+    let start = space
+        .map_file(Placement::Anywhere(0), length, read_write(), shared, file)
+        .expect("mapped");
+    let page = |index: usize| start + index * PAGE_SIZE;
+    assert_eq!(space.fault(start - 1), Ok(Fault::Missing));
+    assert_eq!(space.fault(page(0)), Ok(Fault::Denied));
+    assert_eq!(space.fault(page(1)), Ok(Fault::BeyondFile));
+    assert_eq!(space.fault(page(3)), Ok(Fault::BeyondFile));
+
+    inode.0.store(2 * PAGE_SIZE as u64 + 1, Ordering::Relaxed);
+    assert_eq!(space.fault(page(3)), Ok(Fault::BeyondFile));
+    assert_eq!(space.fault(page(1)), Ok(Fault::Mended));
+    assert_eq!(space.fault(page(2)), Ok(Fault::Denied));
+    assert_eq!(space.fault(page(3)), Ok(Fault::BeyondFile));
+    assert_eq!(space.areas().count(), 1);
+
+    // Cut in two, the second part knows where its pages end.
+    space
+        .protect(page(1), 2 * PAGE_SIZE, READ)
+        .expect("protected");
+    assert_eq!(space.fault(page(3)), Ok(Fault::BeyondFile));
+    space.protect(page(0), length, read_write()).expect("again");
+    assert_eq!(space.areas().count(), 1);
+    assert_eq!(space.fault(page(2)), Ok(Fault::Denied));
+    assert_eq!(space.fault(page(3)), Ok(Fault::BeyondFile));
 }

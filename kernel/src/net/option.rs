@@ -439,7 +439,14 @@ impl Options {
             (LEVEL_TCP, _) if socket.is_tcp() => self.get_tcp(socket, name)?,
             (LEVEL_IP, _) if socket.is_inet() => self.get_ip(socket, name)?,
             (LEVEL_IPV6, _) if socket.family == AF_INET6 => self.get_ipv6(socket, name)?,
-            _ => return Err(unsupported("getsockopt", socket, level, name)),
+            // A level of another protocol: each family of Linux has its own error (ip_sockglue.c, ipv6_sockglue.c, sock.c).
+            _ => {
+                let error = unsupported("getsockopt", socket, level, name);
+                return Err(match socket.family {
+                    AF_INET6 => error,
+                    _ => Errno::EOPNOTSUPP,
+                });
+            }
         };
         Ok(number.to_ne_bytes().to_vec())
     }

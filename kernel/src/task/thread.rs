@@ -17,7 +17,7 @@ use super::{
 use crate::{
     Errno,
     cpu::UserContext,
-    memory::user,
+    memory::{Fault, user},
     syscall::{self, Call, Outcome, Restart},
     trace,
 };
@@ -205,10 +205,14 @@ fn fault(thread: &Arc<Thread>, context: &mut UserContext, kind: TrapKind, trap: 
     }
     let info = match kind {
         TrapKind::MemoryFault => {
-            // SEGV_ACCERR where something is mapped, else SEGV_MAPERR.
-            let mapped = thread.process.memory.lock().is_mapped(address as usize)
-                || trap.flags & fault_flags::PRESENT != 0;
-            SignalInfo::fault(Signal::SEGV, if mapped { 2 } else { 1 }, address)
+            // The codes are SEGV_MAPERR and SEGV_ACCERR, and BUS_ADRERR of sigaction(2).
+            let (signal, code) = match thread.process.memory.lock().fault(address as usize) {
+                Ok(Fault::Mended) => return,
+                Ok(Fault::Missing) => (Signal::SEGV, 1),
+                Ok(Fault::Denied) => (Signal::SEGV, 2),
+                Ok(Fault::BeyondFile) | Err(_) => (Signal::BUS, 2),
+            };
+            SignalInfo::fault(signal, code, address)
         }
         TrapKind::Protection => SignalInfo::from_kernel(Signal::SEGV),
         TrapKind::Bus => SignalInfo::fault(Signal::BUS, 2, address),
