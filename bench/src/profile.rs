@@ -8,12 +8,12 @@ use std::{
     fs,
     ops::Range,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::Duration,
 };
 
 use kiln_kernel::boot::symbols;
-use kiln_tests::{Kiln, eventually, free_port, need, run, wait};
+use kiln_tests::{Kiln, eventually, free_port, need, run, signal, wait};
 
 use crate::{
     server::{self, Server},
@@ -97,7 +97,8 @@ fn profile(
     // Its file has a header as soon as it samples.
     eventually("perf to begin", || data.exists().then_some(()));
     let outcome = run(load, LIMIT);
-    interrupt(&mut perf);
+    assert!(signal(perf.id(), "INT"), "perf ended too early");
+    wait(&mut perf, LIMIT).expect("perf ends when it is interrupted");
     assert!(
         !outcome.output.is_empty(),
         "the client of {what} said nothing"
@@ -139,13 +140,6 @@ fn instance_of(monitor: u32) -> u32 {
         open.extend(children(process));
     }
     panic!("process {monitor} has no instance");
-}
-
-fn interrupt(process: &mut Child) {
-    let _ = Command::new("kill")
-        .args(["-INT", &process.id().to_string()])
-        .status();
-    wait(process, LIMIT).expect("perf ends when it is interrupted");
 }
 
 /// Whose code a frame of the instance is. `perf` tells the mapped file and the offset in it, the image for all but the shim.

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kiln_tests::{Kiln, wait, workspace};
+use kiln_tests::{Kiln, signal, wait, workspace};
 
 /// How long a server may take to answer first, and to stop.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -77,11 +77,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // The tool rather than a signal call: the workspace's unsafe code is elsewhere.
-        let _ = Command::new("kill")
-            .arg(self.process.id().to_string())
-            .stderr(Stdio::null())
-            .status();
+        // One that has ended cannot be told to.
+        let _ = signal(self.process.id(), "TERM");
         if wait(&mut self.process, PATIENCE).is_none() {
             let _ = self.process.kill();
             let _ = self.process.wait();

@@ -330,6 +330,17 @@ fn is_free(port: u16) -> bool {
     }
 }
 
+/// Sends a signal, named as for kill(1), to a process; whether that could be done. By the tool rather than the call: the
+/// workspace's unsafe code is elsewhere.
+#[must_use]
+pub fn signal(process: u32, name: &str) -> bool {
+    Command::new("kill")
+        .args(["-s", name, &process.to_string()])
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
 /// Whether a tool is installed.
 ///
 /// # Panics

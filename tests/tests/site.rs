@@ -5,7 +5,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use kiln_tests::{EVENT_DEADLINE, Kiln, free_port, get, wait, workspace};
+use kiln_tests::{EVENT_DEADLINE, Kiln, free_port, get, signal, wait, workspace};
 
 /// Serves the example site and asks for everything the issue of a site names.
 fn serves_the_example(engine: &[&str]) {
@@ -103,10 +103,7 @@ fn interrupting_stops_it_gracefully() {
         .spawn()
         .expect("it starts");
     assert_eq!(get(port, "/").status, 200);
-    let sent = Command::new("kill")
-        .args(["-s", "INT", &process.id().to_string()])
-        .status();
-    assert!(sent.is_ok_and(|status| status.success()));
+    assert!(signal(process.id(), "INT"));
     let status = wait(&mut process, EVENT_DEADLINE);
     let _ = process.kill();
     assert_eq!(status.and_then(|status| status.code()), Some(0));

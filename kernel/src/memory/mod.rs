@@ -19,7 +19,7 @@ use kiln_abi::host::{PAGE_SIZE, PROGRAM_END, PROGRAM_START, Protection, Source};
 use crate::{
     Errno, Result,
     file::Sink,
-    fs::{Inode, MapSource},
+    fs::{Inode, Kind, MapSource, device_number},
     host::Host,
 };
 
@@ -190,12 +190,6 @@ impl AddressSpace {
             .filter(|area| area.start <= address)
     }
 
-    /// Whether an address lies in a mapped range.
-    #[must_use]
-    pub fn is_mapped(&self, address: usize) -> bool {
-        self.area_at(address).is_some()
-    }
-
     /// Whether a whole range is mapped.
     #[must_use]
     pub fn is_range_mapped(&self, start: usize, end: usize) -> bool {
@@ -302,7 +296,8 @@ impl AddressSpace {
     /// that are there without access, until the file has grown ([`AddressSpace::fault`]).
     ///
     /// # Errors
-    /// As [`AddressSpace::map_zero`]; `ENODEV` for a shared writable mapping of a file whose pages cannot be shared.
+    /// As [`AddressSpace::map_zero`]; `ENODEV` for a shared writable mapping of a file whose pages cannot be shared, and for
+    /// what is no regular file (but `/dev/zero`, which is the same as no file).
     pub fn map_file(
         &mut self,
         placement: Placement,
@@ -313,12 +308,21 @@ impl AddressSpace {
     ) -> Result<usize> {
         check_access(protection)?;
         let shared = flags.contains(AreaFlags::SHARED);
-        let start = self.choose(placement, length)?;
-        let size = file.inode.metadata()?.size;
+        let metadata = file.inode.metadata()?;
+        match metadata.kind {
+            Kind::Regular => {}
+            // zero(4): the same as a mapping without a file.
+            Kind::CharacterDevice if metadata.special_device == device_number(1, 5) => {
+                return self.map_zero(placement, length, protection, flags);
+            }
+            _ => return Err(Errno::ENODEV),
+        }
+        let size = metadata.size;
         let backed = usize::try_from(size.saturating_sub(file.offset))
             .ok()
             .and_then(page_round_up)
             .map_or(length, |pages| pages.min(length));
+        let start = self.choose(placement, length)?;
         // Find out first what is possible, so that a refusal leaves everything as it was.
         let mut pieces: Vec<(usize, Option<MapSource>)> = Vec::new();
         let mut done = 0;

@@ -31,6 +31,13 @@ impl Random {
     }
 }
 
+impl AddressSpace {
+    /// Whether an address lies in a mapped range.
+    fn is_mapped(&self, address: usize) -> bool {
+        self.area_at(address).is_some()
+    }
+}
+
 fn quiet_host() -> Host {
     Host::new(&quiet::TABLE)
 }

@@ -8,7 +8,6 @@ use linux_raw_sys::general as linux;
 use super::{Call, Entry, Outcome};
 use crate::{
     Errno, Result,
-    fs::{Kind, device_number},
     memory::{AreaFile, AreaFlags, Placement, page_round_up, user},
     trace,
 };
@@ -180,18 +179,6 @@ fn try_mmap(call: &Call<'_>) -> Result<usize> {
         return Err(Errno::EACCES);
     }
     let inode = Arc::clone(file.file.inode().ok_or(Errno::ENODEV)?);
-    let metadata = inode.metadata()?;
-    match metadata.kind {
-        Kind::Regular => {}
-        // zero(4): the same as a mapping without a file.
-        Kind::CharacterDevice if metadata.special_device == device_number(1, 5) => {
-            return process
-                .memory
-                .lock()
-                .map_zero(placement, length, protection, flags);
-        }
-        _ => return Err(Errno::ENODEV),
-    }
     let mut flags = flags;
     flags.set(AreaFlags::READ_ONLY_FILE, shared && !status.writable());
     if shared && status.writable() {
