@@ -56,12 +56,24 @@ kiln_wait_pending:
     mov rax, -{interrupted}
     ret
 
-// Where signal handlers return to.
+// The end of a signal handler that goes back to what it interrupted; rdi: the ucontext, rsi: pending. If *pending, it
+// jumps to kiln_return_pending. An event's handler that interrupts it between kiln_return_check and kiln_return_done has
+// it continue there, so no event is lost between the look at *pending and the return.
+    .globl kiln_return_check
+    .hidden kiln_return_check
+kiln_return_check:
+    cmp dword ptr [rsi], 0
+    jne kiln_return_pending
+    mov rsp, rdi
     .globl kiln_signal_return
     .hidden kiln_signal_return
+// Without that look; rsp: the ucontext.
 kiln_signal_return:
     mov eax, {rt_sigreturn}
     syscall
+    .globl kiln_return_done
+    .hidden kiln_return_done
+kiln_return_done:
     ud2
 
     .text
@@ -92,6 +104,9 @@ unsafe extern "C" {
     fn kiln_wait_done();
     fn kiln_wait_pending();
     fn kiln_signal_return();
+    fn kiln_return_check();
+    fn kiln_return_done();
+    fn kiln_return_pending();
     static __start_kiln_syscall: u8;
     static __stop_kiln_syscall: u8;
 }
@@ -124,16 +139,24 @@ pub fn signal_return() -> usize {
     kiln_signal_return as *const () as usize
 }
 
-/// If `address` lies where [`wait`] has looked for a pending event but not yet gone to sleep: where to continue
-/// when there is one.
-pub fn wait_window(address: usize) -> Option<usize> {
-    let (check, done) = (
-        kiln_wait_check as *const () as usize,
-        kiln_wait_done as *const () as usize,
-    );
-    (check..done)
-        .contains(&address)
-        .then_some(kiln_wait_pending as *const () as usize)
+/// If `address` lies where [`wait`] or the end of a signal handler has looked for a pending event but not yet gone to
+/// sleep or back: where to continue when there is one.
+pub fn look_again(address: usize) -> Option<usize> {
+    [
+        (
+            kiln_wait_check as *const (),
+            kiln_wait_done as *const (),
+            kiln_wait_pending as *const (),
+        ),
+        (
+            kiln_return_check as *const (),
+            kiln_return_done as *const (),
+            kiln_return_pending as *const (),
+        ),
+    ]
+    .into_iter()
+    .find(|(check, done, _)| (*check as usize..*done as usize).contains(&address))
+    .map(|(.., pending)| pending as usize)
 }
 
 /// Any system call.

@@ -6,7 +6,9 @@
 //! and reset; they are loaded again from there.
 //!
 //! A second signal may come while the handler runs: it finds the shim's text interrupted, notes the event and
-//! returns. Until the jump the stack pointer lies in the signal stack, so the second frame goes below the first.
+//! returns. Until the jump the stack pointer lies in the signal stack, so the second frame goes below the first. The
+//! first handler looks for such an event before it goes back to what it interrupted: a program would run on without it,
+//! and a kernel that is about to wait has looked already.
 
 #![allow(unsafe_code)]
 
@@ -95,14 +97,14 @@ kiln_signal:
     popfq
 2:  push rdx
     call {handle}
-    pop rcx
+    pop rdi
+    mov rsi, rdx
     test rax, rax
-    jnz 3f
-    ret
-3:  // rax: target, rdx: its stack, rcx: ucontext
+    jz kiln_return_check
+3:  // rax: target, rdx: its stack, rdi: ucontext
     mov r8, rax
     mov r9, rdx
-    mov rcx, [rcx + {vectors}]
+    mov rcx, [rdi + {vectors}]
     test rcx, rcx
     jz 5f
     // The software bytes of the frame (struct _fpx_sw_bytes) tell whether and what XSAVE stored.
@@ -117,27 +119,44 @@ kiln_signal:
 4:  fxrstor64 [rcx]
 5:  mov rsp, r9
     jmp r8
+// An event came while a handler ran that was to go back; rdi: ucontext, which lies at a multiple of 16.
+    .globl kiln_return_pending
+    .hidden kiln_return_pending
+kiln_return_pending:
+    mov rsp, rdi
+    push rdi
+    push rdi
+    call {event}
+    pop rdi
+    test rax, rax
+    jnz 3b
+    mov rsp, rdi
+    jmp kiln_signal_return
 "#,
     rflags = const core::mem::offset_of!(SignalContext, rflags),
     vectors = const core::mem::offset_of!(SignalContext, vectors),
     handle = sym handle,
+    event = sym event,
 );
 
 unsafe extern "C" {
     fn kiln_signal();
 }
 
-/// Where the handler leaves to: in registers `rax` and `rdx`. Address 0: back to what was interrupted.
+/// Where the handler leaves to: in registers `rax` and `rdx`. Address 0: back to what was interrupted, and in place of
+/// a stack the address of the flag for events that came meanwhile.
 #[repr(C)]
 pub struct Leave {
     address: usize,
     stack: usize,
 }
 
-const BACK: Leave = Leave {
-    address: 0,
-    stack: 0,
-};
+fn back() -> Leave {
+    Leave {
+        address: 0,
+        stack: state::pending() as usize,
+    }
+}
 
 /// Kernel faults so far.
 static FAULTS: AtomicU32 = AtomicU32::new(0);
@@ -220,12 +239,12 @@ extern "C" fn handle(
             if time::timer_fired() {
                 event(context)
             } else {
-                BACK
+                back()
             }
         }
         raw::SIGIO => event(context),
         raw::SIGPROF => match memory::check() {
-            Standing::Within => BACK,
+            Standing::Within => back(),
             Standing::Above => exhausted(context),
             Standing::FarAbove => {
                 say_exhausted();
@@ -233,7 +252,7 @@ extern "C" fn handle(
             }
         },
         // Sent by hand, not by the host's kernel.
-        _ if information.code <= 0 => BACK,
+        _ if information.code <= 0 => back(),
         raw::SIGSYS => system_call(information, context),
         _ => fault(signal, information, context),
     }
@@ -266,7 +285,7 @@ fn place(address: u64) -> Place {
     }
 }
 
-fn event(context: &mut SignalContext) -> Leave {
+extern "C" fn event(context: &mut SignalContext) -> Leave {
     let trap = Trap {
         kind: TrapKind::Event as u64,
         address: 0,
@@ -278,10 +297,10 @@ fn event(context: &mut SignalContext) -> Leave {
         Place::UserCopy | Place::Kernel => {
             // SAFETY: the flag lives as long as the kernel.
             unsafe { state::pending().write_volatile(1) };
-            if let Some(address) = linux::wait_window(context.rip as usize) {
+            if let Some(address) = linux::look_again(context.rip as usize) {
                 context.rip = address as u64;
             }
-            BACK
+            back()
         }
     }
 }
@@ -299,7 +318,7 @@ fn exhausted(context: &SignalContext) -> Leave {
     match place(context.rip) {
         Place::Program => upcall(context, trap, true),
         Place::Resume => upcall(context, trap, false),
-        Place::UserCopy | Place::Kernel => BACK,
+        Place::UserCopy | Place::Kernel => back(),
     }
 }
 
@@ -361,7 +380,7 @@ fn vdso_system_call(context: &mut SignalContext) -> Leave {
     } else {
         context.rax = linux::ENOSYS.wrapping_neg() as u64;
     }
-    BACK
+    back()
 }
 
 fn fault(signal: u32, information: &SignalInformation, context: &mut SignalContext) -> Leave {
@@ -395,14 +414,14 @@ fn fault(signal: u32, information: &SignalInformation, context: &mut SignalConte
         // jump, but a return from a signal can.
         Place::Resume if kind == TrapKind::Debug => {
             step_into_program(context);
-            BACK
+            back()
         }
-        Place::UserCopy | Place::Kernel if kind == TrapKind::Debug => BACK,
+        Place::UserCopy | Place::Kernel if kind == TrapKind::Debug => back(),
         // The jump itself failed (an address that is not canonical): the program's fault.
         Place::Resume => upcall(context, trap, false),
         Place::UserCopy => {
             context.rip = state::USER_COPY_FAULT.load(Relaxed) as u64;
-            BACK
+            back()
         }
         Place::Kernel => kernel_fault(context, trap),
     }

@@ -553,6 +553,25 @@ fn races(boot: &'static BootInformation) {
         );
         machine.take_pending();
     }
+    // A deadline moved back a little: the handler of the first finds it early and arms the timer again, whose signal
+    // then comes while that handler runs.
+    let moved_back = |round: u64| {
+        let deadline = (host.monotonic)() + 5000 + round * 7 % 3000;
+        (host.set_timer)(deadline);
+        (host.set_timer)(deadline + round * 13 % 60_000);
+    };
+    for round in 0..20_000 {
+        moved_back(round);
+        let trap = machine.run();
+        same(boot, trap.kind, TrapKind::Event as u64, "moved back");
+        machine.take_pending();
+    }
+    for round in 0..20_000 {
+        moved_back(round);
+        (host.wait)(events.as_mut_ptr(), 1, u64::MAX);
+        let pending = machine.take_pending();
+        check(boot, pending, "wait ended without the event", &[round]);
+    }
     for round in 0..60_000u64 {
         (host.set_timer)((host.monotonic)() + round * 11 % 5000);
         (host.wait)(events.as_mut_ptr(), 1, u64::MAX);
