@@ -43,7 +43,7 @@
 //! [`CpuArea::fault_stack`].
 
 /// Version of this interface. A kernel refuses to start on a shim with another one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Bytes in a page.
 pub const PAGE_SIZE: usize = 4096;
@@ -388,10 +388,12 @@ pub struct Context {
 pub struct Trap {
     /// A [`TrapKind`].
     pub kind: u64,
-    /// Address concerned by a memory fault.
+    /// Address concerned by a page fault.
     pub address: u64,
-    /// [`fault_flags`] for a memory fault.
-    pub flags: u64,
+    /// Number of the processor's exception (Intel 64 manual, volume 3, section 6.3.1; [`exception`]).
+    pub exception: u32,
+    /// The processor's error code of the exception, 0 where it gives none.
+    pub error: u32,
 }
 
 /// Kinds of traps.
@@ -404,35 +406,46 @@ pub enum TrapKind {
     SystemCall = 1,
     /// The timer or a device.
     Event = 2,
-    /// A memory access that the mappings do not allow.
-    MemoryFault = 3,
-    /// Invalid or privileged instruction.
-    InvalidInstruction = 4,
-    /// Division error.
-    Divide = 5,
-    /// Breakpoint instruction.
-    Breakpoint = 6,
-    /// Single step.
-    Debug = 7,
-    /// Unmasked x87 or SSE exception.
-    FloatingPoint = 8,
-    /// Misaligned access where that is checked.
-    Alignment = 9,
-    /// General protection (non-canonical address and the like); no address is known.
-    Protection = 10,
-    /// A file-backed page that cannot be provided, or memory exhausted on first touch.
-    Bus = 11,
+    /// An exception of the processor. A page fault is one of an access that the mappings do not allow.
+    Exception = 3,
+    /// A page fault where a page is mapped, but cannot be provided: its file has become shorter, or there is no memory.
+    Unavailable = 4,
+    /// The memory limit is reached. The program was stopped at some instruction. Process only.
+    Exhausted = 5,
 }
 
-/// Bits of [`Trap::flags`].
-pub mod fault_flags {
-    /// The page is mapped, but not for this access.
-    pub const PRESENT: u64 = 1;
+/// Numbers of the processor's exceptions.
+pub mod exception {
+    /// Division error.
+    pub const DIVIDE: u32 = 0;
+    /// Single step.
+    pub const DEBUG: u32 = 1;
+    /// Breakpoint instruction.
+    pub const BREAKPOINT: u32 = 3;
+    /// Invalid instruction.
+    pub const INVALID_INSTRUCTION: u32 = 6;
+    /// An address that is not canonical, taken from a stack register.
+    pub const STACK: u32 = 12;
+    /// General protection: any other address that is not canonical, a privileged instruction and the like.
+    pub const PROTECTION: u32 = 13;
+    /// Page fault: [`page_fault`](super::page_fault) has the bits of its error code.
+    pub const PAGE_FAULT: u32 = 14;
+    /// Unmasked x87 exception.
+    pub const X87: u32 = 16;
+    /// Misaligned access where that is checked.
+    pub const ALIGNMENT: u32 = 17;
+    /// Unmasked SSE exception.
+    pub const SIMD: u32 = 19;
+}
+
+/// Bits of the error code of a page fault.
+pub mod page_fault {
+    /// The page was there, but not for this access. What is mapped may not be there yet.
+    pub const PRESENT: u32 = 1;
     /// The access was a store.
-    pub const WRITE: u64 = 2;
+    pub const WRITE: u32 = 2;
+    /// The access was made in user mode.
+    pub const USER: u32 = 4;
     /// The access was an instruction fetch.
-    pub const EXECUTE: u64 = 16;
-    /// With [`TrapKind::Bus`](super::TrapKind::Bus): the memory limit is reached. The program was stopped at some
-    /// instruction, and the address is 0. Process only.
-    pub const EXHAUSTED: u64 = 1 << 32;
+    pub const FETCH: u32 = 16;
 }

@@ -10,9 +10,10 @@ static volatile char *expected;
 static long page;
 
 static void handler(int signal, siginfo_t *info, void *context) {
-    (void)context;
-    printf("signal %d code %d address %s\n", signal, info->si_code,
-           info->si_addr == expected ? "as expected" : info->si_addr ? "other" : "none");
+    greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
+    printf("signal %d code %d address %s, exception %lld error %#llx cr2 %s\n", signal, info->si_code,
+           info->si_addr == expected ? "as expected" : info->si_addr ? "other" : "none", registers[REG_TRAPNO],
+           registers[REG_ERR], registers[REG_CR2] == (greg_t)expected ? "as expected" : "other");
     siglongjmp(back, 1);
 }
 
@@ -102,7 +103,7 @@ int main(void) {
     char grown = 0;
     CALL(pread(fd, &grown, 1, page));
     SHOW(grown);
-    volatile char *copy = mmap(NULL, 4 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
+    volatile char *volatile copy = mmap(NULL, 4 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
     TRY(copy + page, SHOW(copy[page]));
     TRY(copy + 2 * page, sink = copy[2 * page]);
     copy[0] = 'c';
@@ -119,7 +120,12 @@ int main(void) {
     TRY(NULL, __asm__ volatile("ud2"));
     TRY(NULL, __asm__ volatile("hlt"));
     TRY(NULL, __asm__ volatile("int3"));
+    TRY(NULL, __asm__ volatile("int $0x70"));
     TRY(NULL, __asm__ volatile("xor %%edx, %%edx; xor %%ecx, %%ecx; mov $1, %%eax; div %%ecx" ::: "eax", "ecx", "edx"));
+
+    section("after an exception");
+    install(SIGUSR1, handler, 0);
+    TRY(NULL, raise(SIGUSR1));
 
     section("continuing");
     install(SIGILL, skip_two_bytes, 0);

@@ -135,13 +135,26 @@ pub fn compile(folder: &Path, name: &str, source: &str) -> PathBuf {
 ///
 /// When one run differs from the native one, after all have been made.
 pub fn compare(name: &str, arguments: &[&str]) {
+    compare_kinds(name, arguments, |_| true);
+}
+
+/// The same on one engine, for what another's processor cannot do.
+///
+/// # Panics
+///
+/// When one run differs from the native one, after all have been made.
+pub fn compare_on(engine: &str, name: &str, arguments: &[&str]) {
+    compare_kinds(name, arguments, |other| other == engine);
+}
+
+fn compare_kinds(name: &str, arguments: &[&str], on: impl Fn(&str) -> bool) {
     let mut differences = Vec::new();
     for kind in Kind::ALL {
         if let Some(program) = path(name, kind) {
             compare_program(
                 &program,
                 arguments,
-                |engine| kind.runs_on(engine),
+                |engine| kind.runs_on(engine) && on(engine),
                 &mut differences,
             );
         }

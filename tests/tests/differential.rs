@@ -16,7 +16,7 @@ macro_rules! programs {
         /// Adding a program means adding its name here.
         #[test]
         fn every_program_is_compared() {
-            let mut named = vec!["endings", $(stringify!($name)),*];
+            let mut named = vec!["endings", "floating_point", $(stringify!($name)),*];
             named.sort_unstable();
             assert_eq!(programs::names(), named);
         }
@@ -52,6 +52,17 @@ endings! {
     ends_by_an_invalid_instruction "invalid"
     ends_by_sigterm "terminate"
     ends_by_sigkill "kill"
+}
+
+#[test]
+fn x87_exceptions() {
+    programs::compare("floating_point", &["x87"]);
+}
+
+/// QEMU's translator, in place of a processor, does not raise them.
+#[test]
+fn sse_exceptions() {
+    programs::compare_on("process", "floating_point", &["sse"]);
 }
 
 #[test]

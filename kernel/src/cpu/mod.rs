@@ -189,8 +189,8 @@ unsafe extern "sysv64" {
 extern "sysv64" fn kernel_fault(context: &Context) -> ! {
     let trap = context.trap;
     panic!(
-        "fault in the kernel: kind {} at {:#x} (address {:#x}, flags {:#x}), stack pointer {:#x}, frame {:#x}",
-        trap.kind, context.rip, trap.address, trap.flags, context.rsp, context.rbp
+        "fault in the kernel: trap {}, exception {} at {:#x} (address {:#x}, error {:#x}), stack pointer {:#x}, frame {:#x}",
+        trap.kind, trap.exception, context.rip, trap.address, trap.error, context.rsp, context.rbp
     )
 }
 
@@ -213,28 +213,35 @@ impl ExtendedState {
             .unwrap_or(Layout::new::<[u128; 256]>())
     }
 
-    /// The area, made (zeroed: the initial state of everything) when missing.
+    /// The area, made (the initial state of everything) when missing.
     fn ensure(&mut self, length: usize) -> NonNull<u8> {
         if let Some(area) = self.area {
             return area;
         }
         let layout = Self::layout(length);
         // SAFETY: the layout is not empty.
-        let area = unsafe { alloc::alloc::alloc_zeroed(layout) };
+        let area = unsafe { alloc::alloc::alloc(layout) };
         let Some(area) = NonNull::new(area) else {
             handle_alloc_error(layout)
         };
-        // The initial x87 control word and MXCSR.
-        // SAFETY: both lie in the first 512 bytes.
+        self.area = Some(area);
+        self.length = length;
+        self.reset();
+        area
+    }
+
+    /// Back to the initial state of everything, if there is an area.
+    fn reset(&mut self) {
+        let Some(area) = self.area else { return };
+        // SAFETY: the area has the layout's size; the words lie in its first 576 bytes.
         unsafe {
+            core::ptr::write_bytes(area.as_ptr(), 0, Self::layout(self.length).size());
+            // The initial x87 control word and MXCSR.
             area.as_ptr().cast::<u16>().write(0x37f);
             area.as_ptr().add(24).cast::<u32>().write(INITIAL_MXCSR);
             // Components 0 (x87) and 1 (SSE) are present.
             area.as_ptr().add(XSAVE_HEADER).cast::<u64>().write(3);
         }
-        self.area = Some(area);
-        self.length = length;
-        area
     }
 }
 
@@ -552,6 +559,15 @@ impl Cpu {
         Ok(())
     }
 
+    /// Puts all vector and x87 state of a thread back to its initial state, as Linux has it when a handler begins.
+    pub fn reset_extended(&self, context: &mut UserContext) {
+        context.extended.reset();
+        context.xmm = [[0; 16]; 16];
+        context.mxcsr = INITIAL_MXCSR;
+        // The CPU's contents are stale now.
+        self.forget_state_of(context);
+    }
+
     fn forget_state_of(&self, context: &mut UserContext) {
         let _ = self.fs_base(context);
         self.forget(context);
@@ -580,15 +596,9 @@ fn trap_kind(kind: u64) -> TrapKind {
     match kind {
         1 => TrapKind::SystemCall,
         2 => TrapKind::Event,
-        3 => TrapKind::MemoryFault,
-        4 => TrapKind::InvalidInstruction,
-        5 => TrapKind::Divide,
-        6 => TrapKind::Breakpoint,
-        7 => TrapKind::Debug,
-        8 => TrapKind::FloatingPoint,
-        9 => TrapKind::Alignment,
-        10 => TrapKind::Protection,
-        11 => TrapKind::Bus,
+        3 => TrapKind::Exception,
+        4 => TrapKind::Unavailable,
+        5 => TrapKind::Exhausted,
         _ => TrapKind::None,
     }
 }

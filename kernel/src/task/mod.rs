@@ -5,6 +5,7 @@
 //! registers.
 
 pub mod credentials;
+pub mod exception;
 pub mod executor;
 pub mod futex;
 pub mod signal;

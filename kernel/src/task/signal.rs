@@ -13,7 +13,7 @@ use core::sync::atomic::Ordering;
 
 use linux_raw_sys::general as linux;
 
-use super::{Process, Thread};
+use super::{Process, Thread, exception::Latest};
 use crate::{
     Errno, Result,
     cpu::UserContext,
@@ -296,6 +296,8 @@ pub struct ThreadSignals {
     alternate: AlternateStack,
     /// Signals that `sigtimedwait(2)` waits for now.
     awaited: SignalSet,
+    /// What handlers are told of the latest exception.
+    pub exception: Latest,
 }
 
 /// `sigaltstack(2)`.
@@ -339,6 +341,7 @@ impl ThreadSignals {
             pending: SignalQueue::default(),
             alternate: AlternateStack::default(),
             awaited: SignalSet::default(),
+            exception: Latest::default(),
         }
     }
 
@@ -717,11 +720,12 @@ fn enter_handler(
     }
     // cs, gs, fs, ss: the selectors of a 64-bit program.
     put(48 + 18 * 8, 0x33 | 0x2b << 48);
-    put(48 + 19 * 8, r.trap.flags);
-    put(48 + 20 * 8, if r.trap.address != 0 { 14 } else { 0 });
+    let exception = signals.exception;
+    put(48 + 19 * 8, exception.error.into());
+    put(48 + 20 * 8, exception.number.into());
     let restore_mask = signals.saved_mask.unwrap_or(signals.mask);
     put(48 + 21 * 8, restore_mask.0);
-    put(48 + 22 * 8, r.trap.address);
+    put(48 + 22 * 8, exception.address);
     put(FPSTATE_AT, fpstate);
     put(MASK_AT, restore_mask.0);
     bytes[8 + UCONTEXT..].copy_from_slice(&info.to_bytes());
@@ -729,6 +733,8 @@ fn enter_handler(
     user::write_bytes(fpstate, &image)?;
     user::write_bytes(frame, &bytes)?;
 
+    cpu.reset_extended(context);
+    let registers = &mut context.registers;
     registers.rsp = frame;
     registers.rip = action.handler;
     registers.rax = 0;

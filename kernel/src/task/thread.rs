@@ -7,17 +7,17 @@ use core::{
     task::Poll,
 };
 
-use kiln_abi::host::{Trap, TrapKind, exit_code, fault_flags};
+use kiln_abi::host::{TrapKind, exit_code};
 
 use super::{
-    Signal, SignalInfo, Thread,
+    Signal, Thread, exception,
     executor::yield_now,
     signal::{self, Delivery, Interrupted},
 };
 use crate::{
     Errno,
     cpu::UserContext,
-    memory::{Fault, user},
+    memory::user,
     syscall::{self, Call, Outcome, Restart},
     trace,
 };
@@ -75,7 +75,7 @@ async fn life(thread: &Arc<Thread>, context: &mut UserContext) {
                 kernel.request_events();
                 yield_now().await;
             }
-            _ => fault(thread, context, kind, trap),
+            _ => exception::take(thread, context, kind, trap),
         }
     }
 }
@@ -187,44 +187,6 @@ fn needs_interruption(thread: &Thread) -> bool {
     }
     let mask = thread.signals.lock().mask();
     signal::pending(thread).0 & !mask.0 != 0
-}
-
-/// Turns a fault of the program into a signal.
-fn fault(thread: &Arc<Thread>, context: &mut UserContext, kind: TrapKind, trap: Trap) {
-    let address = trap.address;
-    let rip = context.registers.rip;
-    if kind == TrapKind::Bus && trap.flags & fault_flags::EXHAUSTED != 0 {
-        // As Linux does when a memory limit is reached: no handler could run without memory.
-        trace::error!(
-            "the program has used up the instance's memory and is killed; give it more (-m)"
-        );
-        thread
-            .process
-            .exit(exit_code::SIGNAL_BASE + i32::from(Signal::KILL.number()));
-        return;
-    }
-    let info = match kind {
-        TrapKind::MemoryFault => {
-            // The codes are SEGV_MAPERR and SEGV_ACCERR, and BUS_ADRERR of sigaction(2).
-            let (signal, code) = match thread.process.memory.lock().fault(address as usize) {
-                Ok(Fault::Mended) => return,
-                Ok(Fault::Missing) => (Signal::SEGV, 1),
-                Ok(Fault::Denied) => (Signal::SEGV, 2),
-                Ok(Fault::BeyondFile) | Err(_) => (Signal::BUS, 2),
-            };
-            SignalInfo::fault(signal, code, address)
-        }
-        TrapKind::Protection => SignalInfo::from_kernel(Signal::SEGV),
-        TrapKind::Bus => SignalInfo::fault(Signal::BUS, 2, address),
-        TrapKind::Alignment => SignalInfo::fault(Signal::BUS, 1, address),
-        TrapKind::InvalidInstruction => SignalInfo::fault(Signal::ILL, 2, rip),
-        TrapKind::Divide => SignalInfo::fault(Signal::FPE, 1, rip),
-        TrapKind::FloatingPoint => SignalInfo::fault(Signal::FPE, 3, rip),
-        TrapKind::Breakpoint => SignalInfo::from_kernel(Signal::TRAP),
-        TrapKind::Debug => SignalInfo::fault(Signal::TRAP, 2, rip),
-        TrapKind::None | TrapKind::SystemCall | TrapKind::Event => return,
-    };
-    signal::force(thread, info);
 }
 
 /// Says on the log what Linux's log would: which signal, where, the registers, and how the program got there.

@@ -9,7 +9,7 @@
 //! * [`map`] refuses new zero pages while the limit is reached;
 //! * a timer on *consumed CPU time* (none when idle) checks as often as a program could need to reach the limit,
 //!   at [`TOUCH_RATE`] bytes a nanosecond. A little above the limit (room for a program to say that it has no
-//!   memory) the program gets [`TrapKind::Bus`] in place of running on; [`SLACK`] above it, the instance ends.
+//!   memory) the program gets [`TrapKind::Exhausted`] in place of running on; [`SLACK`] above it, the instance ends.
 //!
 //! A program can so go beyond its limit by what it touches between two ticks of the host's clock (4 ms at 250 Hz).
 

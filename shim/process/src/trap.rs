@@ -15,7 +15,7 @@
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
-use kiln_abi::host::{Context, CpuArea, Trap, TrapKind, exit_code, fault_flags};
+use kiln_abi::host::{Context, CpuArea, Trap, TrapKind, exception, exit_code};
 use kiln_abi::process::EXIT_MEMORY;
 use linux_raw_sys::general as raw;
 
@@ -73,11 +73,11 @@ pub struct SignalInformation {
 
 /// `si_code` of a system call caught by syscall user dispatch.
 const SYS_USER_DISPATCH: i32 = 2;
-/// `si_code`: the page is mapped, but not for this access.
-const SEGV_ACCERR: i32 = 2;
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 /// Bytes of the instruction `int 0x80`.
 const INTERRUPT_LENGTH: u64 = 2;
+/// The processor's error code for that instruction where it is not allowed: the gate's place in the interrupt table.
+const INTERRUPT_ERROR: u32 = 0x80 << 3 | 2;
 /// Faults of the kernel itself that are handed to it before the shim gives up on it.
 const KERNEL_FAULTS: u32 = 16;
 
@@ -288,8 +288,7 @@ fn place(address: u64) -> Place {
 extern "C" fn event(context: &mut SignalContext) -> Leave {
     let trap = Trap {
         kind: TrapKind::Event as u64,
-        address: 0,
-        flags: 0,
+        ..Trap::default()
     };
     match place(context.rip) {
         Place::Program => upcall(context, trap, true),
@@ -311,9 +310,8 @@ fn exhausted(context: &SignalContext) -> Leave {
         say_exhausted();
     }
     let trap = Trap {
-        kind: TrapKind::Bus as u64,
-        address: 0,
-        flags: fault_flags::EXHAUSTED,
+        kind: TrapKind::Exhausted as u64,
+        ..Trap::default()
     };
     match place(context.rip) {
         Place::Program => upcall(context, trap, true),
@@ -336,34 +334,37 @@ fn say_exhausted() {
 }
 
 fn system_call(information: &SignalInformation, context: &mut SignalContext) -> Leave {
-    let trap = |kind: TrapKind| Trap {
-        kind: kind as u64,
-        address: 0,
-        flags: 0,
+    let call = Trap {
+        kind: TrapKind::SystemCall as u64,
+        ..Trap::default()
     };
     if information.code != SYS_USER_DISPATCH {
-        return kernel_fault(context, trap(TrapKind::SystemCall));
+        return kernel_fault(context, call);
     }
     // `int 0x80` and `sysenter`, which a Linux without support for 32-bit programs refuses like so. (After `sysenter`
     // the instruction pointer is where Linux thinks the 32-bit vDSO is.)
     if information.architecture != AUDIT_ARCH_X86_64 {
+        let refused = Trap {
+            kind: TrapKind::Exception as u64,
+            address: 0,
+            exception: exception::PROTECTION,
+            error: INTERRUPT_ERROR,
+        };
         return match place(context.rip) {
             Place::Program => {
                 context.rip -= INTERRUPT_LENGTH;
-                upcall(context, trap(TrapKind::Protection), true)
+                upcall(context, refused, true)
             }
-            _ if VDSO.contains(context.rip as usize) => {
-                upcall(context, trap(TrapKind::Protection), true)
-            }
-            _ => kernel_fault(context, trap(TrapKind::SystemCall)),
+            _ if VDSO.contains(context.rip as usize) => upcall(context, refused, true),
+            _ => kernel_fault(context, call),
         };
     }
     if VDSO.contains(context.rip as usize) {
         return vdso_system_call(context);
     }
     match place(context.rip) {
-        Place::Program => upcall(context, trap(TrapKind::SystemCall), true),
-        _ => kernel_fault(context, trap(TrapKind::SystemCall)),
+        Place::Program => upcall(context, call, true),
+        _ => kernel_fault(context, call),
     }
 }
 
@@ -384,39 +385,29 @@ fn vdso_system_call(context: &mut SignalContext) -> Leave {
 }
 
 fn fault(signal: u32, information: &SignalInformation, context: &mut SignalContext) -> Leave {
-    let kind = match (signal, context.trap_number) {
-        (raw::SIGSEGV, 14) => TrapKind::MemoryFault,
-        (raw::SIGBUS, 14 | 18) => TrapKind::Bus,
-        (raw::SIGBUS, 17) => TrapKind::Alignment,
-        (raw::SIGFPE, 0) => TrapKind::Divide,
-        (raw::SIGFPE, _) => TrapKind::FloatingPoint,
-        (raw::SIGTRAP, 1) => TrapKind::Debug,
-        (raw::SIGTRAP, _) => TrapKind::Breakpoint,
-        (raw::SIGILL, _) => TrapKind::InvalidInstruction,
-        _ => TrapKind::Protection,
+    let exception = context.trap_number as u32;
+    let page_fault = exception == exception::PAGE_FAULT;
+    let kind = if page_fault && signal == raw::SIGBUS {
+        TrapKind::Unavailable
+    } else {
+        TrapKind::Exception
     };
-    let mut trap = Trap {
+    let trap = Trap {
         kind: kind as u64,
-        address: 0,
-        flags: 0,
+        address: if page_fault { information.address } else { 0 },
+        exception,
+        error: context.error as u32,
     };
-    if matches!(kind, TrapKind::MemoryFault | TrapKind::Bus) {
-        trap.address = information.address;
-        trap.flags = context.error & (fault_flags::WRITE | fault_flags::EXECUTE);
-        // The processor's own bit speaks of the page tables, which Linux fills late.
-        if kind == TrapKind::MemoryFault && information.code == SEGV_ACCERR {
-            trap.flags |= fault_flags::PRESENT;
-        }
-    }
+    let step = exception == exception::DEBUG;
     match place(context.rip) {
         Place::Program => upcall(context, trap, true),
         // A single step that began before the jump to the program. The kernel cannot set the flag together with the
         // jump, but a return from a signal can.
-        Place::Resume if kind == TrapKind::Debug => {
+        Place::Resume if step => {
             step_into_program(context);
             back()
         }
-        Place::UserCopy | Place::Kernel if kind == TrapKind::Debug => back(),
+        Place::UserCopy | Place::Kernel if step => back(),
         // The jump itself failed (an address that is not canonical): the program's fault.
         Place::Resume => upcall(context, trap, false),
         Place::UserCopy => {
@@ -500,6 +491,8 @@ fn give_up(context: &SignalContext, trap: Trap, early: bool) -> ! {
         })
         .text(": trap ")
         .decimal(trap.kind as usize)
+        .text(", exception ")
+        .decimal(trap.exception as usize)
         .text(", address ")
         .hexadecimal(trap.address as usize)
         .text(", instruction ")

@@ -5,7 +5,7 @@ use core::fmt::Write;
 
 use kiln_abi::host::{
     BootInformation, Context, Event, Message, PAGE_SIZE, Slice, Source, Trap, TrapKind,
-    event_flags, fault_flags,
+    event_flags, exception, page_fault,
 };
 
 use crate::machine::{Machine, read_user, stop};
@@ -156,6 +156,12 @@ fn load(boot: &BootInformation) {
     same(boot, result, 0, "map data");
 }
 
+/// Runs the program until it comes back to the kernel, which has to be for this exception.
+fn raises(boot: &BootInformation, machine: &mut Machine, number: u32, what: &str) {
+    let trap = traps(boot, machine, TrapKind::Exception, what);
+    same(boot, trap.exception.into(), u64::from(number), what);
+}
+
 /// Runs the program until it comes back to the kernel, which has to be for this reason.
 fn traps(boot: &BootInformation, machine: &mut Machine, kind: TrapKind, what: &str) -> Trap {
     let trap = machine.run();
@@ -298,7 +304,7 @@ fn registers(boot: &'static BootInformation) {
             );
         }
     }
-    traps(boot, machine, TrapKind::InvalidInstruction, "goes on");
+    raises(boot, machine, exception::INVALID_INSTRUCTION, "goes on");
     same(boot, machine.context.rip, at(program_call) as u64 + 2, "at");
     // A program that writes GS hurts nobody but itself.
     machine.context.rip = at(program_gs) as u64;
@@ -310,65 +316,55 @@ fn registers(boot: &'static BootInformation) {
 fn faults(boot: &'static BootInformation) {
     load(boot);
     let machine = Machine::new(boot);
-    let mut expect = |program: unsafe extern "C" fn(), argument: usize, kind, offset, flags| {
+    let mut expect = |program: unsafe extern "C" fn(), argument: usize, number, offset, error| {
         machine.context.rip = at(program) as u64;
         machine.context.rbx = argument as u64;
         let trap = machine.run();
-        let values = [trap.kind, trap.address, trap.flags, machine.context.rip];
-        check(boot, trap.kind == kind as u64, "kind", &values);
-        check(boot, trap.flags == flags, "flags", &values);
-        if kind == TrapKind::MemoryFault {
-            check(boot, trap.address == argument as u64, "address", &values);
-        }
-        let rip = if flags & fault_flags::EXECUTE != 0 {
+        let (got, code) = (trap.exception.into(), trap.error.into());
+        let values = [trap.kind, got, trap.address, code, machine.context.rip];
+        check(
+            boot,
+            trap.kind == TrapKind::Exception as u64,
+            "kind",
+            &values,
+        );
+        check(boot, trap.exception == number, "exception", &values);
+        check(boot, trap.error == error, "error", &values);
+        let page_fault = number == exception::PAGE_FAULT;
+        let address = if page_fault { argument } else { 0 };
+        check(boot, trap.address == address as u64, "address", &values);
+        let rip = if page_fault && error & page_fault::FETCH != 0 {
             argument
         } else {
             at(program) + offset
         };
         check(boot, machine.context.rip == rip as u64, "rip", &values);
     };
-    let (present, write, execute) = (
-        fault_flags::PRESENT,
-        fault_flags::WRITE,
-        fault_flags::EXECUTE,
-    );
-    expect(program_load, 0x7000_0000, TrapKind::MemoryFault, 0, 0);
-    expect(program_load, 0, TrapKind::MemoryFault, 0, 0);
-    expect(program_store, 0x7000_0123, TrapKind::MemoryFault, 0, write);
-    expect(
-        program_store,
-        TEXT + 8,
-        TrapKind::MemoryFault,
-        0,
-        present | write,
-    );
-    expect(
-        program_jump,
-        DATA,
-        TrapKind::MemoryFault,
-        0,
-        present | execute,
-    );
-    expect(program_jump, 0x7000_0000, TrapKind::MemoryFault, 0, execute);
-    expect(program_load, 1 << 63, TrapKind::Protection, 0, 0);
-    expect(program_divide, 0, TrapKind::Divide, 4, 0);
-    expect(program_breakpoint, 0, TrapKind::Breakpoint, 1, 0);
+    // There from now on.
+    // SAFETY: mapped just now, for this.
+    unsafe { (DATA as *mut u8).write_volatile(1) };
+    let (page, load) = (exception::PAGE_FAULT, page_fault::USER);
+    let (store, jump) = (load | page_fault::WRITE, load | page_fault::FETCH);
+    let present = page_fault::PRESENT;
+    expect(program_load, 0x7000_0000, page, 0, load);
+    expect(program_load, 0, page, 0, load);
+    expect(program_store, 0x7000_0123, page, 0, store);
+    expect(program_store, TEXT + 8, page, 0, store | present);
+    expect(program_jump, DATA, page, 0, jump | present);
+    expect(program_jump, 0x7000_0000, page, 0, jump);
+    expect(program_load, 1 << 63, exception::PROTECTION, 0, 0);
+    expect(program_divide, 0, exception::DIVIDE, 4, 0);
+    expect(program_breakpoint, 0, exception::BREAKPOINT, 1, 0);
     // What a 64-bit program asks with `int 0x80` is not looked at: it faults, as without 32-bit support.
-    expect(program_old_call, 0, TrapKind::Protection, 5, 0);
-    expect(program_nothing, 0, TrapKind::InvalidInstruction, 2, 0);
+    expect(program_old_call, 0, exception::PROTECTION, 5, 0x80 << 3 | 2);
+    expect(program_nothing, 0, exception::INVALID_INSTRUCTION, 2, 0);
 
     machine.context.rflags = 0x302;
     machine.context.rip = at(program_nothing) as u64;
     for step in 1..3 {
-        let trap = machine.run();
-        let values = [trap.kind, machine.context.rip];
-        check(boot, trap.kind == TrapKind::Debug as u64, "step", &values);
-        check(
-            boot,
-            machine.context.rip == at(program_nothing) as u64 + step,
-            "step to",
-            &values,
-        );
+        raises(boot, machine, exception::DEBUG, "step");
+        let wanted = at(program_nothing) as u64 + step;
+        same(boot, machine.context.rip, wanted, "step to");
     }
     machine.context.rflags = 0x202;
 
@@ -377,12 +373,12 @@ fn faults(boot: &'static BootInformation) {
     machine.vectors.0[160..164].copy_from_slice(&1f32.to_le_bytes());
     machine.vectors.0[512] = 3;
     machine.context.rip = at(program_float) as u64;
-    traps(boot, machine, TrapKind::FloatingPoint, "float");
+    raises(boot, machine, exception::SIMD, "float");
     machine.vectors.0[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
 
     // An address that cannot be jumped to is the program's fault, though the kernel jumps.
     machine.context.rip = 1 << 62;
-    traps(boot, machine, TrapKind::Protection, "jump");
+    raises(boot, machine, exception::PROTECTION, "jump");
     same(boot, machine.context.rip, 1 << 62, "jump");
 
     // Misaligned access with the alignment check on; and a system call with it on harms no one.
@@ -398,7 +394,8 @@ fn kernel_faults(boot: &'static BootInformation) {
         holds(boot, machine.store_faults(0x7000_0000 + round), "unmapped");
         let fault = machine.fault();
         let address = 0x7000_0000 + round as u64;
-        same(boot, fault.trap.kind, TrapKind::MemoryFault as u64, "fault");
+        let page_fault = u64::from(exception::PAGE_FAULT);
+        same(boot, fault.trap.exception.into(), page_fault, "fault");
         same(boot, fault.trap.address, address, "fault");
         same(boot, fault.rdi, address, "fault registers");
     }
@@ -771,8 +768,7 @@ fn limit(boot: &'static BootInformation) {
     same(boot, result, 0, "reserving is free");
     machine.context.rip = at(program_touch) as u64;
     machine.context.rbx = base as u64;
-    let trap = traps(boot, machine, TrapKind::Bus, "kind");
-    same(boot, trap.flags, fault_flags::EXHAUSTED, "flags");
+    traps(boot, machine, TrapKind::Exhausted, "kind");
     let used = (host.memory_used)();
     let limit = boot.memory_limit;
     check(

@@ -302,7 +302,7 @@ fn exit_codes_and_early_faults() {
     let (end, text) = start("early-fault").end();
     assert_eq!(end, End::Exited(exit_code::KERNEL_PANIC));
     assert!(
-        text.starts_with("kiln: the kernel faulted at its start: trap 4"),
+        text.starts_with("kiln: the kernel faulted at its start: trap 3, exception 6"),
         "{text}"
     );
 }

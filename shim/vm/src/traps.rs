@@ -3,8 +3,8 @@
 use core::fmt;
 use core::mem::offset_of;
 
-use kiln_abi::host::{Context, CpuArea, Protection, TrapKind, fault_flags};
-use kiln_shim_vm::memory::{AccessError, Memory, USER_END};
+use kiln_abi::host::{Context, CpuArea, Protection, Trap, TrapKind, exception, page_fault};
+use kiln_shim_vm::memory::{AccessError, Memory};
 
 use crate::clock;
 use crate::cpu::{self, ProcessorTlb};
@@ -12,22 +12,14 @@ use crate::entry::{self, Frame};
 use crate::interrupts::{self, TIMER_VECTOR};
 use crate::machine::{Machine, Registered};
 
-const PAGE_FAULT: u64 = 14;
 /// Flags with which the kernel is entered.
 const KERNEL_FLAGS: u64 = 0x202;
-
-/// A trap as the kernel sees it.
-#[derive(Clone, Copy)]
-struct Trap {
-    kind: TrapKind,
-    address: u64,
-    flags: u64,
-}
 
 /// Takes every exception and interrupt.
 #[unsafe(no_mangle)]
 extern "C" fn trap(frame: &mut Frame) {
     let vector = frame.vector as usize;
+    let exception = frame.vector as u32;
     let from_ring_3 = frame.cs & 3 != 0;
     if vector >= entry::FIRST_INTERRUPT {
         interrupts::take(vector);
@@ -40,33 +32,24 @@ extern "C" fn trap(frame: &mut Frame) {
     let gate = (core::ptr::addr_of!(entry::system_call_entry) as u64
         ..core::ptr::addr_of!(entry::system_call_end) as u64)
         .contains(&frame.rip);
-    if !(from_ring_3 || frame.vector == PAGE_FAULT && gate) {
+    if !(from_ring_3 || exception == exception::PAGE_FAULT && gate) {
         die(frame);
     }
     // SAFETY: ring 3 was running, or a system call gate, which uses no reference.
     let machine = unsafe { Machine::get() };
-    let trap = if frame.vector == PAGE_FAULT {
+    let trap = if exception == exception::PAGE_FAULT {
         let address = cpu::fault_address();
-        match first_touch(machine, address, frame.error) {
+        match first_touch(machine, address, frame.error as u32) {
             None => return,
             Some(_) if !from_ring_3 => die(frame),
             Some(trap) => trap,
         }
     } else {
-        let kind = match frame.vector {
-            0 => TrapKind::Divide,
-            1 => TrapKind::Debug,
-            3 => TrapKind::Breakpoint,
-            6 => TrapKind::InvalidInstruction,
-            12 => TrapKind::Bus,
-            16 | 19 => TrapKind::FloatingPoint,
-            17 => TrapKind::Alignment,
-            _ => TrapKind::Protection,
-        };
         Trap {
-            kind,
+            kind: TrapKind::Exception as u64,
             address: 0,
-            flags: 0,
+            exception,
+            error: frame.error as u32,
         }
     };
     if fault(machine, frame, trap).is_err() {
@@ -75,27 +58,22 @@ extern "C" fn trap(frame: &mut Frame) {
 }
 
 /// Provides the page that was touched, or says why not.
-fn first_touch(machine: &mut Machine, address: usize, error: u64) -> Option<Trap> {
-    let access = match error & (fault_flags::WRITE | fault_flags::EXECUTE) {
+fn first_touch(machine: &mut Machine, address: usize, error: u32) -> Option<Trap> {
+    let access = match error & (page_fault::WRITE | page_fault::FETCH) {
         0 => Protection::READ,
-        fault_flags::WRITE => Protection::WRITE,
+        page_fault::WRITE => Protection::WRITE,
         _ => Protection::EXECUTE,
     };
     let kind = match machine.memory.resolve(address, access) {
         Ok(_) => return None,
-        Err(AccessError::Exhausted) => TrapKind::Bus,
-        Err(AccessError::Unmapped | AccessError::Denied) => TrapKind::MemoryFault,
+        Err(AccessError::Exhausted) => TrapKind::Unavailable,
+        Err(AccessError::Unmapped | AccessError::Denied) => TrapKind::Exception,
     };
-    let mut flags = error & (fault_flags::WRITE | fault_flags::EXECUTE);
-    if address < USER_END
-        && machine.memory.resolve(address, Protection::READ) != Err(AccessError::Unmapped)
-    {
-        flags |= fault_flags::PRESENT;
-    }
     Some(Trap {
-        kind,
+        kind: kind as u64,
         address: address as u64,
-        flags,
+        exception: exception::PAGE_FAULT,
+        error,
     })
 }
 
@@ -141,9 +119,8 @@ fn event(machine: &mut Machine, frame: &mut Frame, vector: usize) {
         return;
     };
     let event = Trap {
-        kind: TrapKind::Event,
-        address: 0,
-        flags: 0,
+        kind: TrapKind::Event as u64,
+        ..Trap::default()
     };
     let resuming = registered.resume.contains(&(frame.rip as usize));
     let result = if in_kernel && !resuming {
@@ -201,7 +178,8 @@ fn save(
         let rest = [frame.rip, frame.rflags].map(u64::to_le_bytes);
         memory.write(context + offset_of!(Context, rip), rest.as_flattened())?;
     }
-    let trap = [trap.kind as u64, trap.address, trap.flags].map(u64::to_le_bytes);
+    let exception = u64::from(trap.exception) | u64::from(trap.error) << 32;
+    let trap = [trap.kind, trap.address, exception].map(u64::to_le_bytes);
     memory.write(context + offset_of!(Context, trap), trap.as_flattened())
 }
 

@@ -12,7 +12,7 @@ use core::ptr::{addr_of, addr_of_mut};
 
 use kiln_abi::host::{
     BOOT_MAGIC, BootInformation, Context, CpuArea, Event, KERNEL_RANGE_START, MemoryRange,
-    PROGRAM_END, Protection, Registration, Source, TrapKind, VERSION, fault_flags,
+    PROGRAM_END, Protection, Registration, Source, TrapKind, VERSION, exception, page_fault,
 };
 
 const READ: u32 = Protection::READ.bits();
@@ -395,6 +395,7 @@ fn time() {
 
 fn programs() {
     let is = |kind: TrapKind| context().trap.kind == kind as u64;
+    let raised = |number| is(TrapKind::Exception) && context().trap.exception == number;
     // mov eax, 39; mov ebx, 5; movd xmm3, ebx; syscall
     program(b"\xb8\x27\0\0\0\xbb\x05\0\0\0\x66\x0f\x6e\xdb\x0f\x05");
     let vector: u32;
@@ -414,58 +415,61 @@ fn programs() {
     program(b"\x89\x04\x25\0\x50\x34\x12");
     check!(
         "fault at an unmapped address",
-        is(TrapKind::MemoryFault),
+        raised(exception::PAGE_FAULT),
         context().trap.address == 0x1234_5000,
-        context().trap.flags == fault_flags::WRITE,
+        context().trap.error == page_fault::WRITE | page_fault::USER,
         context().rip == PROGRAM as u64,
     );
     // mov [0x400000], eax
     program(b"\x89\x04\x25\0\0\x40\0");
     check!(
         "fault at a read-only address",
-        is(TrapKind::MemoryFault),
-        context().trap.flags == fault_flags::WRITE | fault_flags::PRESENT,
+        raised(exception::PAGE_FAULT),
+        context().trap.error == page_fault::WRITE | page_fault::USER | page_fault::PRESENT,
     );
     // jmp to a page that is not executable
     (boot().host.map)(PROGRAM + 0x10000, 4096, BOTH, ZERO, 0);
     program(b"\xe9\xfb\xff\0\0");
     check!(
         "no execution of data",
-        is(TrapKind::MemoryFault),
+        raised(exception::PAGE_FAULT),
         context().trap.address == PROGRAM as u64 + 0x10000,
-        context().trap.flags == fault_flags::EXECUTE | fault_flags::PRESENT,
+        context().trap.error == page_fault::FETCH | page_fault::USER,
     );
     program(b"\x31\xc9\xf7\xf1");
     check!(
         "division by zero",
-        is(TrapKind::Divide),
+        raised(exception::DIVIDE),
         context().rip == PROGRAM as u64 + 2
     );
     program(b"\x0f\x0b");
-    check!("invalid instruction", is(TrapKind::InvalidInstruction));
+    check!(
+        "invalid instruction",
+        raised(exception::INVALID_INSTRUCTION)
+    );
     program(b"\x90\xcc");
     check!(
         "breakpoint",
-        is(TrapKind::Breakpoint),
+        raised(exception::BREAKPOINT),
         context().rip == PROGRAM as u64 + 2
     );
     program(b"\xfa");
-    check!("privileged instruction", is(TrapKind::Protection));
+    check!("privileged instruction", raised(exception::PROTECTION));
     program(b"\xe6\x80");
-    check!("port output", is(TrapKind::Protection));
+    check!("port output", raised(exception::PROTECTION));
     // mov rax, 0x8000000000000000; mov al, [rax]
     program(b"\x48\xb8\0\0\0\0\0\0\0\x80\x8a\0");
-    check!("non-canonical address", is(TrapKind::Protection));
+    check!("non-canonical address", raised(exception::PROTECTION));
     // mov rax, -0x80000000 + 0x113000 (the shim's data); mov [rax], al
     program(b"\x48\xc7\xc0\0\x30\x11\x80\x88\0");
     check!(
         "the shim is closed",
-        is(TrapKind::MemoryFault),
+        raised(exception::PAGE_FAULT),
         context().trap.address == 0xffff_ffff_8011_3000
     );
     // mov rax, the stub page's register function; call with a wrong number: a program cannot reach the shim by itself
     program(b"\x9c\x58");
-    check!("a stack that is not there", is(TrapKind::MemoryFault));
+    check!("a stack that is not there", raised(exception::PAGE_FAULT));
     // SAFETY: the copy faults and recovers.
     unsafe {
         check!(
@@ -575,7 +579,7 @@ extern "C" fn kernel_fault() -> ! {
     let context = unsafe { addr_of!(FAULT_CONTEXT).read_volatile() };
     check!(
         "fault of the kernel",
-        context.trap.kind == TrapKind::MemoryFault as u64,
+        context.trap.exception == exception::PAGE_FAULT,
         context.trap.address == 0x1234,
         context.rip as usize >= boot().kernel_text.start,
     );
