@@ -39,7 +39,7 @@ unsafe extern "sysv64" fn start(boot: &'static BootInformation) -> ! {
     runtime::remember(boot);
     if boot.magic != kiln_abi::host::BOOT_MAGIC || boot.version != kiln_abi::host::VERSION {
         runtime::say(b"kiln: kernel and engine do not fit together: the image was built by another version of Kiln; rebuild it with this one\n");
-        (boot.host.exit)(kiln_abi::host::exit_code::KERNEL_PANIC);
+        (boot.host.exit)(kiln_abi::host::exit_code::CANNOT_START);
     }
     runtime::seal();
     if heap::start(boot).is_err() {
