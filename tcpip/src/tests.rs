@@ -955,8 +955,9 @@ fn the_cost_of_a_packet_does_not_grow_with_the_connections() {
         "buffers of 10,000 connections at one end: {} MiB",
         bytes >> 20
     );
+    // A walk over all connections would make it hundreds of times as dear; cold caches, on a busy machine, nearly twice.
     assert!(
-        ratio < 2.0,
+        ratio < 4.0,
         "{few:?} with 10 connections, {many:?} with 10,000"
     );
     assert!(bytes < 200 << 20);
