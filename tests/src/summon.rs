@@ -310,7 +310,7 @@ impl Summoner {
         let monitors = self.processes();
         self.say(&["down"]);
         self.ended();
-        assert_eq!(self.instances(), Vec::<String>::new(), "{}", self.log());
+        self.no_instance_is_left();
         eventually("the end of the monitors", || {
             monitors
                 .iter()
@@ -318,6 +318,17 @@ impl Summoner {
                 .then_some(())
         });
         assert!(!self.kiln.state().join("summon/control").exists());
+    }
+
+    /// Waits until the last folder of an instance is removed, which a monitor does when the instance is gone already.
+    ///
+    /// # Panics
+    ///
+    /// When one stays.
+    pub fn no_instance_is_left(&self) {
+        eventually("the removal of all instances", || {
+            self.instances().is_empty().then_some(())
+        });
     }
 
     /// The folders of instances.

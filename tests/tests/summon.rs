@@ -752,7 +752,7 @@ fn added_units_stay_until_they_are_removed() {
     let begin = Instant::now();
     eventually("its end", || (summoner.ps().len() == 1).then_some(()));
     assert!(begin.elapsed() < Duration::from_secs(5));
-    assert_eq!(summoner.instances(), Vec::<String>::new());
+    summoner.no_instance_is_left();
     let refused = summoner.kiln.run(["summon", "rm", "www"]);
     assert_eq!(refused.code(), 2, "{refused}");
     summoner.down();
@@ -779,7 +779,7 @@ fn a_start_that_meets_a_taken_port_leaves_nothing_running() {
     assert_eq!(outcome.code(), 1, "{outcome}");
     assert!(outcome.errors.contains(&port.to_string()), "{outcome}");
     assert_eq!(summoner.processes(), Vec::<u32>::new());
-    assert_eq!(summoner.instances(), Vec::<String>::new());
+    summoner.no_instance_is_left();
 }
 
 #[test]
@@ -1170,7 +1170,7 @@ fn a_summoner_that_is_interrupted_ends_its_units() {
     let processes = summoner.processes();
     signal(summoner.process(), rustix::process::Signal::INT);
     summoner.ended();
-    assert_eq!(summoner.instances(), Vec::<String>::new());
+    summoner.no_instance_is_left();
     assert!(
         processes
             .iter()
@@ -1190,8 +1190,6 @@ fn units_can_be_kept_for_the_next_summoner() {
     // A unit that is no longer wanted ends.
     summoner.configure(&unit("other", free_port(), ""));
     summoner.start(&["--forward", "none"]);
-    eventually("its end", || {
-        (summoner.instances() == Vec::<String>::new()).then_some(())
-    });
+    summoner.no_instance_is_left();
     summoner.down();
 }
