@@ -1,6 +1,6 @@
 //! The gateway's thread: frames on one side, sockets of the host on the other.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -369,8 +369,8 @@ struct Gateway {
     /// For each published port.
     doors: Vec<Door>,
     ports: Vec<Port>,
-    /// Where the guest listens, as it has told.
-    listening: HashSet<(SocketAddr, Protocol)>,
+    /// Where the guest listens, as it has told, and how many sockets: datagram sockets may share a port.
+    listening: HashMap<(SocketAddr, Protocol), u32>,
     /// The guest can be reached: it has its address.
     addressed: bool,
     splices: Slots<Splice>,
@@ -470,7 +470,7 @@ impl Gateway {
             addressed: !(configuration.dhcp && configuration.listens_told),
             doors,
             ports,
-            listening: HashSet::new(),
+            listening: HashMap::new(),
             published,
             splices: Slots::new(),
             by_socket: Vec::new(),
@@ -870,7 +870,8 @@ impl Gateway {
         if address.ip().to_canonical().is_loopback() || self.listening.len() >= LISTENS {
             return;
         }
-        self.listening.insert((address, protocol));
+        let sockets = self.listening.entry((address, protocol)).or_default();
+        *sockets = sockets.saturating_add(1);
         for (door, published) in self.doors.iter_mut().zip(&self.published) {
             let publish = published.publish;
             door.used |= publish.protocol == protocol && publish.guest == address.port();
@@ -896,11 +897,16 @@ impl Gateway {
     }
 
     fn guest_listens_no_more(&mut self, address: SocketAddr, protocol: Protocol) {
-        self.listening.remove(&(address, protocol));
+        if let Some(sockets) = self.listening.get_mut(&(address, protocol)) {
+            *sockets -= 1;
+            if *sockets == 0 {
+                self.listening.remove(&(address, protocol));
+            }
+        }
         let same = |(other, transport): &(SocketAddr, Protocol)| {
             other.port() == address.port() && *transport == protocol
         };
-        if self.listening.iter().any(same) {
+        if self.listening.keys().any(same) {
             return;
         }
         match protocol {
@@ -1076,7 +1082,7 @@ impl Gateway {
         };
         port.listens |= self
             .listening
-            .iter()
+            .keys()
             .any(|(address, protocol)| address.port() == guest && *protocol == Protocol::Tcp);
         if let Some(index) = add_splice(&mut self.splices, &self.poller, splice) {
             port.waiting.push_back(index);

@@ -981,6 +981,26 @@ fn first_datagrams_wait_until_the_port_is_bound() {
 }
 
 #[test]
+fn a_datagram_port_is_bound_until_its_last_socket_is_closed() {
+    let (mut guest, network) = start(|configuration| {
+        configuration.publish = vec![publish(53, Protocol::Udp)];
+        configuration.listens_told = true;
+    });
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.connect(network.published()[0].0).unwrap();
+    let socket = guest.stack.datagram_open(DatagramKind::Udp);
+    guest.stack.datagram_bind(socket, any(53)).unwrap();
+    // A server that makes a socket for each client tells of each.
+    network.guest_listens(any(53), Protocol::Udp);
+    network.guest_listens(any(53), Protocol::Udp);
+    network.guest_listens_no_more(any(53), Protocol::Udp);
+    client.send(b"still").unwrap();
+    let got = guest.until(|stack| stack.datagram_receive(socket).ok());
+    assert_eq!(got.data, b"still");
+    network.guest_listens_no_more(any(53), Protocol::Udp);
+}
+
+#[test]
 fn a_suspended_network_sleeps_until_somebody_comes() {
     let echo = UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = echo.local_addr().unwrap().port();
