@@ -90,6 +90,8 @@ pub enum ToMonitor {
         request: u64,
         /// Local address as bound; port 0 for any.
         bind: SocketAddr,
+        /// A socket of the IPv6 address that serves IPv4, too (no `IPV6_V6ONLY`).
+        both_families: bool,
     },
     /// Lines for the instance's log that are not the program's output (unsupported system calls and the like).
     Log(String),

@@ -843,14 +843,18 @@ impl<'a> Monitor<'a> {
                     sockets.cancel(request, &mut self.poller);
                 }
             }
-            ToMonitor::OpenDatagram { request, bind } => {
+            ToMonitor::OpenDatagram {
+                request,
+                bind,
+                both_families,
+            } => {
                 let Some(sockets) = &mut self.sockets else {
                     return Err(Error::Protocol(
                         "a socket that is not its to ask for".to_owned(),
                     ));
                 };
                 let published = sockets
-                    .datagram(request, bind, &self.sender)
+                    .datagram(request, bind, both_families, &self.sender)
                     .map_err(failed())?;
                 if published {
                     self.tell(Event::Listening {

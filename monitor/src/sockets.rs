@@ -309,7 +309,11 @@ impl SocketServer {
         // Stays registered when our descriptor closes, for as long as the instance has its own (epoll(7), questions and
         // answers, 6), so that a suspended instance is woken by what comes for it.
         let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
-        epoll::add(&self.handed, &socket, EventData::new_u64(0), flags)?;
+        match epoll::add(&self.handed, &socket, EventData::new_u64(0), flags) {
+            // A published datagram socket that the program had before, with the same number here.
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
         sender.control(message, Some(socket))
     }
 
@@ -577,7 +581,8 @@ impl SocketServer {
         }
     }
 
-    /// The program wants a datagram socket bound to `wanted`. Returns whether that is a published port, and it has it now.
+    /// The program wants a datagram socket bound to `wanted`; `both_families`: an IPv6 one that serves IPv4, too. Returns
+    /// whether that is a published port, and it has it now.
     ///
     /// # Errors
     /// Those of the link; a socket that cannot be had is answered to the kernel.
@@ -585,9 +590,10 @@ impl SocketServer {
         &mut self,
         request: u64,
         wanted: SocketAddr,
+        both_families: bool,
         sender: &Sender,
     ) -> io::Result<bool> {
-        match self.open_datagram(wanted) {
+        match self.open_datagram(wanted, both_families) {
             Ok((socket, bound)) => {
                 let result = Ok(bound);
                 self.hand_over(&ToKernel::Datagram { request, result }, socket, sender)?;
@@ -605,12 +611,18 @@ impl SocketServer {
         }
     }
 
-    fn open_datagram(&mut self, wanted: SocketAddr) -> Result<(OwnedFd, SocketAddr), Errno> {
+    fn open_datagram(
+        &mut self,
+        wanted: SocketAddr,
+        both_families: bool,
+    ) -> Result<(OwnedFd, SocketAddr), Errno> {
         let published = self.listeners.iter_mut().find(|listener| {
             listener.publish.protocol == Protocol::Udp && listener.publish.guest == wanted.port()
         });
         if let (Some(listener), false) = (published, wanted.ip().is_loopback()) {
-            return Ok((published_datagram(listener, &wanted)?, wanted));
+            if let Some(socket) = published_datagram(listener, &wanted, both_families)? {
+                return Ok((socket, wanted));
+            }
         }
         // Not published: any port of the host will do, and the program sees the one it asked for.
         let any = match wanted {
@@ -626,17 +638,24 @@ impl SocketServer {
     }
 }
 
-/// A descriptor for a published UDP port, of the family that the program asked for.
-fn published_datagram(listener: &mut Listener, wanted: &SocketAddr) -> Result<OwnedFd, Errno> {
+/// A descriptor for a published UDP port, of the family that the program asked for; none where clients of that family
+/// cannot come.
+fn published_datagram(
+    listener: &mut Listener,
+    wanted: &SocketAddr,
+    both_families: bool,
+) -> Result<Option<OwnedFd>, Errno> {
     if listener.held {
         // The kernel sees to the family that the program expects.
         let socket = listener.sockets.first().ok_or(Errno::ADDRNOTAVAIL)?;
-        return rustix::io::fcntl_dupfd_cloexec(socket, 0);
+        return rustix::io::fcntl_dupfd_cloexec(socket, 0).map(Some);
     }
     let is_of_family = |socket: &OwnedFd| {
         local_address(socket).is_ok_and(|local| family(&local) == family(wanted))
     };
+    // A program with a socket for each family has IPv4's already, so IPv6's must stay its own.
     let replacement = match listener.publish.address {
+        _ if !both_families => None,
         // A program's [::] serves both families: one socket takes the place of the two ...
         None if listener.sockets.len() == 2 => Some(unspecified_v6(listener.publish.host)),
         // ... or of the one for an IPv4 address, which such a socket knows by its mapped form.
@@ -650,12 +669,12 @@ fn published_datagram(listener: &mut Listener, wanted: &SocketAddr) -> Result<Ow
         let socket = bind(address, Protocol::Udp, true)?;
         listener.sockets.push(socket);
     }
-    let socket = listener
+    listener
         .sockets
         .iter()
         .find(|socket| is_of_family(socket))
-        .ok_or(Errno::AFNOSUPPORT)?;
-    rustix::io::fcntl_dupfd_cloexec(socket, 0)
+        .map(|socket| rustix::io::fcntl_dupfd_cloexec(socket, 0))
+        .transpose()
 }
 
 fn refuse(request: u64, error: Errno, sender: &Sender) -> io::Result<()> {
@@ -953,7 +972,7 @@ mod tests {
         ] {
             let (mut server, port) = published(publish);
             let (sender, kernel) = link();
-            server.datagram(7, bind, &sender).unwrap();
+            server.datagram(7, bind, bind.is_ipv6(), &sender).unwrap();
             let (message, descriptor) = receive(&kernel).unwrap();
             assert_eq!(
                 message,
@@ -977,12 +996,42 @@ mod tests {
     }
 
     #[test]
+    fn a_program_with_a_datagram_socket_for_each_family_has_both() {
+        for publish in ["0:53/udp", "127.0.0.1:0:53/udp"] {
+            let (mut server, port) = published(publish);
+            let (first, _) = server.open_datagram(unspecified_v4(53), false).unwrap();
+            let (second, bound) = server.open_datagram(unspecified_v6(53), false).unwrap();
+            assert_eq!(bound, unspecified_v6(53));
+            let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+            client.send_to(b"ping", ("127.0.0.1", port.host)).unwrap();
+            let mut buffer = [0; 16];
+            let first = UdpSocket::from(first);
+            first.set_nonblocking(false).unwrap();
+            first
+                .set_read_timeout(Some(Duration::from_secs(5)))
+                .unwrap();
+            assert_eq!(first.recv(&mut buffer).unwrap(), 4);
+            let second = UdpSocket::from(second);
+            if port.address.is_none()
+                && let Ok(client) = UdpSocket::bind("[::1]:0")
+            {
+                client.send_to(b"pong!", ("::1", port.host)).unwrap();
+                second.set_nonblocking(false).unwrap();
+                second
+                    .set_read_timeout(Some(Duration::from_secs(5)))
+                    .unwrap();
+                assert_eq!(second.recv(&mut buffer).unwrap(), 5);
+            }
+        }
+    }
+
+    #[test]
     fn an_unpublished_datagram_socket_takes_no_port_of_the_host() {
         let (mut server, _) = published("0:80");
-        let (first, bound) = server.open_datagram(unspecified_v4(5353)).unwrap();
+        let (first, bound) = server.open_datagram(unspecified_v4(5353), false).unwrap();
         assert_eq!(bound, unspecified_v4(5353));
         assert_ne!(local_address(&first).unwrap().port(), 5353);
-        let (_second, bound) = server.open_datagram(unspecified_v4(0)).unwrap();
+        let (_second, bound) = server.open_datagram(unspecified_v4(0), false).unwrap();
         assert_ne!(bound.port(), 0);
     }
 

@@ -66,6 +66,14 @@ int main(int argc, char **argv) {
     CALL(getpgid(0) == getpgrp());
     CALL(getsid(0) >= 0);
     CALL(getpriority(PRIO_PROCESS, 0));
+    CALL(setpriority(PRIO_PROCESS, 0, 5));
+    CALL(getpriority(PRIO_PROCESS, getpid()));
+    CALL(nice(100));
+    CALL(getpriority(PRIO_PROCESS, 0));
+    CALL(setpriority(PRIO_PROCESS, 999999, 1));
+    CALL(setpriority(PRIO_PGRP, 999999, 1));
+    CALL(setpriority(9, 0, 1));
+    CALL(getpriority(9, 0));
     struct utsname name;
     CALL(uname(&name));
     printf("%s %s\n", name.sysname, name.machine);
@@ -165,6 +173,8 @@ int main(int argc, char **argv) {
     SHOW(sysconf(_SC_NPROCESSORS_ONLN) >= 1);
     CALL(sched_yield());
     CALL(sched_getscheduler(0));
+    CALL(sched_setparam(0, &(struct sched_param){0}));
+    CALL(sched_setparam(0, &(struct sched_param){1}));
     SHOW(sched_getcpu() >= 0);
     SHOW(sched_get_priority_max(SCHED_FIFO));
     SHOW(sched_get_priority_min(SCHED_FIFO));
@@ -270,6 +280,7 @@ int main(int argc, char **argv) {
     SHOW(control);
     CALL(setuid(0));
     CALL(setgroups(1, (gid_t[]){1}));
+    CALL(setpriority(PRIO_PROCESS, 0, 0));
 
     section("no children");
     CALL(waitpid(-1, NULL, 0));

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -218,6 +218,128 @@ fn echoes_datagrams(way: [&str; 4], port: u16) {
         socket.recv(&mut answer).ok()
     });
     assert_eq!(&answer[..length], b"datagram", "{way:?}");
+}
+
+/// A name server's way with datagrams: a socket for each family on port 7003. To "where" it answers with the interface
+/// that the datagram came to and its length by FIONREAD. After "own" the client has the socket to itself for one more
+/// datagram, which comes back, and the port gets a new one.
+const NAME_SERVER: &str = r#"
+#define _GNU_SOURCE
+#include <net/if.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+static int bound(int family) {
+    struct sockaddr_in v4 = {.sin_family = AF_INET, .sin_port = htons(7003)};
+    struct sockaddr_in6 v6 = {.sin6_family = AF_INET6, .sin6_port = htons(7003)};
+    int fd = socket(family, SOCK_DGRAM, 0), on = 1;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (family == AF_INET6) {
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+        setsockopt(fd, IPPROTO_IPV6, IPV6_RECVPKTINFO, &on, sizeof on);
+    } else setsockopt(fd, IPPROTO_IP, IP_PKTINFO, &on, sizeof on);
+    if (bind(fd, family == AF_INET ? (void *)&v4 : (void *)&v6, family == AF_INET ? sizeof v4 : sizeof v6)) {
+        perror("bind"); exit(1);
+    }
+    return fd;
+}
+
+int main(void) {
+    int families[2] = {AF_INET, AF_INET6};
+    struct pollfd fds[2];
+    for (int i = 0; i < 2; i++) fds[i] = (struct pollfd){.fd = bound(families[i]), .events = POLLIN};
+    puts("ready"); fflush(stdout);
+    for (;;) {
+        poll(fds, 2, -1);
+        for (int i = 0; i < 2; i++) if (fds[i].revents) {
+            char text[100] = "", control[200], answer[200], name[IF_NAMESIZE] = "none";
+            struct sockaddr_storage from;
+            struct iovec piece = {text, sizeof text - 1};
+            struct msghdr message = {.msg_name = &from, .msg_namelen = sizeof from, .msg_iov = &piece, .msg_iovlen = 1,
+                                     .msg_control = control, .msg_controllen = sizeof control};
+            int fd = fds[i].fd, waiting = -1;
+            ioctl(fd, FIONREAD, &waiting);
+            if (recvmsg(fd, &message, MSG_DONTWAIT) < 0) continue;
+            for (struct cmsghdr *c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c)) {
+                if (c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_PKTINFO)
+                    if_indextoname(((struct in_pktinfo *)CMSG_DATA(c))->ipi_ifindex, name);
+                if (c->cmsg_level == IPPROTO_IPV6 && c->cmsg_type == IPV6_PKTINFO)
+                    if_indextoname(((struct in6_pktinfo *)CMSG_DATA(c))->ipi6_ifindex, name);
+            }
+            if (strcmp(text, "own")) {
+                int length = snprintf(answer, sizeof answer, "%s %d", name, waiting);
+                sendto(fd, answer, length, 0, (void *)&from, message.msg_namelen);
+                continue;
+            }
+            connect(fd, (void *)&from, message.msg_namelen);
+            close(bound(families[i]));
+            int other = bound(families[i]);
+            send(fd, "yours", 5, 0);
+            ssize_t n = recv(fd, text, sizeof text, 0);
+            send(fd, text, n, 0);
+            close(fd);
+            close(other);
+            fds[i].fd = bound(families[i]);
+        }
+    }
+}
+"#;
+
+#[test]
+fn datagram_servers_know_where_clients_come_and_may_share_their_port() {
+    for way in WAYS {
+        let kiln = Kiln::new();
+        let image = kiln.build(&programs::compile(kiln.folder(), "nameserver", NAME_SERVER));
+        let port = free_port();
+        start(&kiln, way, &["-p", &format!("{port}:7003/udp")], &image);
+        for (from, to) in [
+            ("127.0.0.1:0", local(port)),
+            ("[::1]:0", SocketAddr::from((Ipv6Addr::LOCALHOST, port))),
+        ] {
+            let client = UdpSocket::bind(from).expect("a socket");
+            client
+                .set_read_timeout(Some(Duration::from_millis(500)))
+                .expect("a timeout can be set");
+            client.connect(to).expect("an address");
+            let mut answer = [0; 100];
+            eventually(&format!("a datagram back, {way:?} {to}"), || {
+                // Refused while nobody has bound it yet.
+                client.send(b"first").ok()?;
+                client.recv(&mut answer).ok()
+            });
+            client
+                .set_read_timeout(Some(EVENT_DEADLINE))
+                .expect("a timeout can be set");
+            let mut ask = |question: &str, expected: &str| {
+                client.send(question.as_bytes()).expect("it takes bytes");
+                loop {
+                    let length = client
+                        .recv(&mut answer)
+                        .unwrap_or_else(|error| panic!("{way:?} {to} {question}: {error}"));
+                    // Answers to what was sent more than once before.
+                    if &answer[..length] != b"eth0 5" || expected == "eth0 5" {
+                        assert_eq!(
+                            String::from_utf8_lossy(&answer[..length]),
+                            expected,
+                            "{way:?} {to} {question}"
+                        );
+                        return;
+                    }
+                }
+            };
+            for _ in 0..3 {
+                ask("where", "eth0 5");
+                ask("own", "yours");
+                ask("text", "text");
+            }
+        }
+    }
 }
 
 /// What the server's bulk port sends at a place.

@@ -115,7 +115,8 @@ fn nginx_project(folder: &Path) -> PathBuf {
         "daemon off;\nmaster_process off;\nuser root;\npid /tmp/nginx.pid;\nerror_log stderr;\n\
          events { }\nhttp {\n  access_log off;\n  client_body_temp_path /tmp/body;\n  proxy_temp_path /tmp/proxy;\n\
          \x20 fastcgi_temp_path /tmp/fastcgi;\n  uwsgi_temp_path /tmp/uwsgi;\n  scgi_temp_path /tmp/scgi;\n\
-         \x20 server { listen 80; listen [::]:80; root /srv/www; }\n}\n",
+         \x20 server { listen 80; listen [::]:80; root /srv/www;\n\
+         \x20 location /up/ { root /tmp; dav_methods PUT; create_full_put_path on; client_max_body_size 9m; } }\n}\n",
     )
     .expect("a file");
     fs::write(
@@ -142,6 +143,19 @@ fn nginx(engine: &[&str]) {
     assert!(
         large.body == fs::read(project.join("www/large.bin")).expect("a file"),
         "other bytes"
+    );
+    need("curl");
+    let upload = run(
+        Command::new("curl")
+            .args(["-sS", "--max-time", "30", "-w", "%{http_code}", "-T"])
+            .arg(project.join("www/large.bin"))
+            .arg(format!("http://127.0.0.1:{port}/up/large.bin")),
+        LIMIT,
+    );
+    assert_eq!(upload.output.trim(), "201", "{upload}");
+    assert!(
+        get(port, "/up/large.bin").body == large.body,
+        "other bytes came up"
     );
     need("wrk");
     let load = run(

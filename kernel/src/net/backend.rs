@@ -43,8 +43,8 @@ pub struct DatagramReceived {
     pub full_length: usize,
     /// Who sent it.
     pub from: SocketAddr,
-    /// The own address it was sent to, if known.
-    pub to: Option<IpAddr>,
+    /// The own address it was sent to.
+    pub to: IpAddr,
 }
 
 /// A datagram socket of a backend.
@@ -68,6 +68,15 @@ pub trait Datagrams: Send + Sync {
 
     /// What can be done now.
     fn readiness(&self) -> Readiness;
+
+    /// Bytes of the next datagram that waits.
+    fn waiting(&self) -> usize;
+
+    /// From now on it is connected to this address, or to none. What comes from others may still be received, and is
+    /// for the other sockets of the port.
+    fn connect(&self, peer: Option<SocketAddr>) {
+        let _ = peer;
+    }
 
     /// Takes an error that ICMP told.
     fn take_error(&self) -> Option<crate::Errno> {

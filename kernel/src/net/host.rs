@@ -100,6 +100,11 @@ const EMPTY: u32 = 4096;
 /// The connection came from a client, and nothing was sent on it yet.
 const UNANSWERED: u32 = 8192;
 
+/// An address that is never mapped: Linux lets nobody map its first pages (`vm.mmap_min_addr`).
+const NOWHERE: usize = 4096;
+/// Most bytes that are looked at ahead in a stream that cannot be counted.
+const LOOK_AHEAD: usize = 64 << 10;
+
 /// Most bytes that are held back for a connection.
 const HELD_LIMIT: usize = 16 << 10;
 
@@ -227,6 +232,9 @@ struct Shared {
     bytes: AtomicU64,
     /// A client has been sent its first byte, and the monitor has not been told yet.
     answered: AtomicBool,
+    /// Loopback clients that datagram sockets heard, the latest first. For all sockets: a program may answer a client
+    /// through another socket of the same port.
+    clients: Mutex<VecDeque<SocketAddr>>,
 }
 
 impl Shared {
@@ -550,17 +558,7 @@ impl Descriptor {
             address: (&raw mut byte) as usize,
             length: 1,
         };
-        let mut message = Message {
-            slices: &slice,
-            slice_count: 1,
-            address: ptr::null_mut(),
-            address_length: 0,
-            descriptors: ptr::null_mut(),
-            descriptor_count: 0,
-            flags: linux::MSG_PEEK,
-        };
-        // SAFETY: the one slice is a local byte.
-        match unsafe { self.host.descriptor_receive_raw(number, &mut message) } {
+        match self.peek(number, slice, linux::MSG_PEEK) {
             Ok(0) if self.stream => self.hints.set(READABLE | READ_END),
             Ok(_) => self.hints.set(READABLE),
             Err(Errno::EAGAIN | Errno::EINTR) => {}
@@ -570,6 +568,57 @@ impl Descriptor {
             }
         }
         self.hints.clear(READ_UNKNOWN);
+    }
+
+    /// Bytes that can be read (`FIONREAD`): of a stream all, of datagrams those of the next.
+    fn waiting(&self) -> usize {
+        let Ok(number) = self.number() else { return 0 };
+        // TCP counts with MSG_TRUNC what it would have given, and stores nothing (tcp(7)); so do datagrams without room.
+        let counted = self.peek(
+            number,
+            Slice {
+                address: NOWHERE,
+                length: if self.stream { i32::MAX as usize } else { 0 },
+            },
+            linux::MSG_PEEK | linux::MSG_TRUNC,
+        );
+        let result = match counted {
+            // A stream of another kind, which has to be looked at.
+            Err(Errno::EFAULT) => {
+                let mut bytes = Vec::new();
+                bytes.resize(LOOK_AHEAD, 0u8);
+                let slice = Slice {
+                    address: bytes.as_mut_ptr() as usize,
+                    length: bytes.len(),
+                };
+                self.peek(number, slice, linux::MSG_PEEK)
+            }
+            result => result,
+        };
+        match result {
+            Ok(count) => count,
+            Err(Errno::EAGAIN | Errno::EINTR) => 0,
+            Err(error) => {
+                *self.error.lock() = Some(error);
+                self.hints.set(READABLE | WRITABLE | ERROR);
+                0
+            }
+        }
+    }
+
+    /// Receives into a slice that is memory of this function's callers or [`NOWHERE`].
+    fn peek(&self, number: i32, slice: Slice, flags: u32) -> Result<usize> {
+        let mut message = Message {
+            slices: &slice,
+            slice_count: 1,
+            address: ptr::null_mut(),
+            address_length: 0,
+            descriptors: ptr::null_mut(),
+            descriptor_count: 0,
+            flags,
+        };
+        // SAFETY: the slice is the callers', who borrow it for this call, or never mapped.
+        unsafe { self.host.descriptor_receive_raw(number, &mut message) }
     }
 
     fn readiness(&self) -> Readiness {
@@ -687,7 +736,7 @@ impl Stream for HostStream {
 
     fn queued(&self) -> (usize, usize) {
         (
-            0,
+            self.descriptor.waiting(),
             if self.descriptor.hints.has(HELD) {
                 self.descriptor.held.lock().len()
             } else {
@@ -713,11 +762,9 @@ impl Stream for HostStream {
 /// answers to it would stay within the machine. Only such clients, once they have been heard, can be sent to so.
 struct HostDatagrams {
     descriptor: Arc<Descriptor>,
-    /// Loopback clients that were heard, the latest first.
-    clients: Mutex<VecDeque<SocketAddr>>,
 }
 
-/// Loopback clients that a datagram socket remembers.
+/// Loopback clients that an instance's datagram sockets remember.
 const MAX_CLIENTS: usize = 1024;
 
 impl HostDatagrams {
@@ -728,7 +775,7 @@ impl HostDatagrams {
             IpAddr::V6(ip) if ip.is_loopback() => IpAddr::V6(GATEWAY_V6),
             _ => return from,
         };
-        let mut clients = self.clients.lock();
+        let mut clients = self.descriptor.shared.clients.lock();
         if clients.front() != Some(&from) {
             clients.retain(|client| *client != from);
             clients.truncate(MAX_CLIENTS - 1);
@@ -742,7 +789,7 @@ impl HostDatagrams {
         if to.ip() != IpAddr::V4(GATEWAY_V4) && to.ip() != IpAddr::V6(GATEWAY_V6) {
             return to;
         }
-        let clients = self.clients.lock();
+        let clients = self.descriptor.shared.clients.lock();
         let fits =
             |client: &&SocketAddr| client.port() == to.port() && client.is_ipv4() == to.is_ipv4();
         clients.iter().find(fits).copied().unwrap_or(to)
@@ -772,11 +819,16 @@ impl Datagrams for HostDatagrams {
             }
             let count = full_length.min(sink.remaining());
             sink.advance(count);
+            // The machine has one address of each family.
+            let to = match from.ip() {
+                IpAddr::V4(_) => IpAddr::V4(GUEST_V4),
+                IpAddr::V6(_) => IpAddr::V6(GUEST_V6),
+            };
             return Ok(DatagramReceived {
                 count,
                 full_length,
                 from,
-                to: None,
+                to,
             });
         }
     }
@@ -796,6 +848,10 @@ impl Datagrams for HostDatagrams {
 
     fn readiness(&self) -> Readiness {
         self.descriptor.readiness()
+    }
+
+    fn waiting(&self) -> usize {
+        self.descriptor.waiting()
     }
 
     fn take_error(&self) -> Option<Errno> {
@@ -955,7 +1011,7 @@ impl Network for HostNetwork {
     fn open_datagram(
         &self,
         bind: SocketAddr,
-        _: bool,
+        both_families: bool,
         watch: &Arc<WatchList>,
     ) -> Result<Arc<dyn Datagrams>> {
         let request = self.next_request();
@@ -968,7 +1024,11 @@ impl Network for HostNetwork {
         }
         // bind(2) and connect(2) on datagram sockets never wait for others, so neither may this: the monitor answers at once.
         let (answer, descriptor) = self.link.request(
-            &ToMonitor::OpenDatagram { request, bind },
+            &ToMonitor::OpenDatagram {
+                request,
+                bind,
+                both_families,
+            },
             |message| matches!(message, ToKernel::Datagram { request: answered, .. } if *answered == request),
         )?;
         let ToKernel::Datagram { result, .. } = answer else {
@@ -986,10 +1046,7 @@ impl Network for HostNetwork {
             false,
         );
         descriptor.ensure_watched();
-        Ok(Arc::new(HostDatagrams {
-            descriptor,
-            clients: Mutex::new(VecDeque::new()),
-        }))
+        Ok(Arc::new(HostDatagrams { descriptor }))
     }
 
     fn interface(&self) -> Option<Interface> {

@@ -456,6 +456,22 @@ impl Tables {
             .map(|found| found.1)
     }
 
+    /// Whether several datagram sockets have a port and an address in common with a scope.
+    #[must_use]
+    pub fn is_shared(&self, port: u16, scope: Scope) -> bool {
+        let datagrams = self.datagrams.lock();
+        let list = match datagrams.get(&port) {
+            Some(list) if list.len() > 1 => list.clone(),
+            _ => return false,
+        };
+        drop(datagrams);
+        let sharers = list
+            .iter()
+            .filter_map(Weak::upgrade)
+            .filter(|socket| socket.scope().is_some_and(|other| other.overlaps(scope)));
+        sharers.take(2).count() > 1
+    }
+
     /// How many more connections the listeners of a port have room for.
     #[must_use]
     pub fn room(&self, port: u16) -> usize {

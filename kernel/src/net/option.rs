@@ -241,11 +241,14 @@ fn timeout(value: &[u8]) -> Result<u64> {
 
 /// Logs an option that is not there, and gives the error for it.
 pub fn unsupported(action: &str, socket: SocketType, level: i32, name: u32) -> Errno {
-    trace::warn!(
-        "net: {action}: option {name} of level {level} is not supported for family {} kind {}",
-        socket.family,
-        socket.kind
-    );
+    // An option of another family is an error on Linux, too.
+    if level != LEVEL_IPV6 || socket.family == AF_INET6 {
+        trace::warn!(
+            "net: {action}: option {name} of level {level} is not supported for family {} kind {}",
+            socket.family,
+            socket.kind
+        );
+    }
     Errno::ENOPROTOOPT
 }
 

@@ -99,7 +99,7 @@ impl From<DatagramReceived> for Incoming {
             count: received.count,
             full_length: received.full_length,
             from: Some(Address::Inet(received.from)),
-            to: received.to,
+            to: Some(received.to),
             ..Incoming::default()
         }
     }

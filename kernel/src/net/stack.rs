@@ -861,7 +861,7 @@ impl Datagrams for StackDatagrams {
                     count: sink.put(&next.data)?,
                     full_length: next.data.len(),
                     from: next.source,
-                    to: Some(next.destination.ip()),
+                    to: next.destination.ip(),
                 };
                 if !peek {
                     let _ = stack.datagram_receive(id);
@@ -887,6 +887,21 @@ impl Datagrams for StackDatagrams {
         };
         let inner = network.inner.lock();
         readiness(inner.stack.readiness(self.id)) - Readiness::HANGUP
+    }
+
+    fn waiting(&self) -> usize {
+        self.with(|stack| {
+            stack
+                .datagram_peek(self.id)
+                .map_or(0, |next| next.data.len())
+        })
+        .unwrap_or(0)
+    }
+
+    fn connect(&self, peer: Option<SocketAddr>) {
+        // The stack finds the socket of a datagram by it, and tells a connected one what ICMP says. Where there is no way
+        // to the peer, sending says so.
+        let _ = self.with(|stack| stack.datagram_connect(self.id, peer));
     }
 
     fn take_error(&self) -> Option<Errno> {

@@ -30,6 +30,8 @@ use super::{
 
 /// Longest payload of a datagram over IPv4, in bytes.
 const MAX_PAYLOAD: usize = 65507;
+/// No datagram is longer, over either family.
+const MAX_DATAGRAM: usize = 65536;
 
 struct Datagram {
     from: SocketAddr,
@@ -88,6 +90,11 @@ impl UdpSocket {
             Some(_) => None,
             None => Some(fit),
         }
+    }
+
+    /// What it is bound to.
+    pub fn scope(&self) -> Option<Scope> {
+        self.state.lock().bound.as_ref().map(|bound| bound.scope)
     }
 
     fn bind_to(&self, address: SocketAddr) -> Result<SocketAddr> {
@@ -155,6 +162,41 @@ impl UdpSocket {
         match self.error.lock().take() {
             Some(error) => Err(error),
             None => otherwise(),
+        }
+    }
+
+    /// Where several sockets have a port, the backend's datagrams reach any of them: gives each to the socket that it is
+    /// for, until there is one for this socket or no more.
+    fn distribute(&self) {
+        let state = self.state.lock();
+        let (Some(bound), Some(external)) = (&state.bound, state.external.clone()) else {
+            return;
+        };
+        let (port, scope) = (bound.lease.port(), bound.scope);
+        if !state.queue.is_empty() {
+            return;
+        }
+        drop(state);
+        if !self.base.shared.tables.is_shared(port, scope) {
+            return;
+        }
+        let mut buffer = Vec::new();
+        buffer.resize(MAX_DATAGRAM, 0);
+        // An error stays with the socket that it was told to.
+        while let Ok(received) = external.receive(&mut Sink::kernel(&mut buffer), false, None) {
+            let to = SocketAddr::new(received.to, port);
+            let tables = &self.base.shared.tables;
+            let Some(socket) = tables.find_datagram(received.from, to) else {
+                continue;
+            };
+            socket.deliver(Datagram {
+                from: received.from,
+                to: received.to,
+                bytes: buffer.get(..received.count).unwrap_or_default().to_vec(),
+            });
+            if core::ptr::eq(Arc::as_ptr(&socket), self) {
+                return;
+            }
         }
     }
 
@@ -317,7 +359,13 @@ impl Socket for UdpSocket {
 
     fn connect(&self, _: &Caller, address: &Address) -> Result<()> {
         if matches!(address, Address::Unspecified) {
-            self.state.lock().peer = None;
+            let mut state = self.state.lock();
+            state.peer = None;
+            let external = state.external.clone();
+            drop(state);
+            if let Some(external) = external {
+                external.connect(None);
+            }
             return Ok(());
         }
         let mut to = check_family(
@@ -348,7 +396,7 @@ impl Socket for UdpSocket {
         }
         self.ensure_bound()?;
         if !own {
-            self.external()?;
+            self.external()?.connect(Some(to));
         }
         self.state.lock().peer = Some(to);
         Ok(())
@@ -394,6 +442,7 @@ impl Socket for UdpSocket {
 
     fn receive(&self, sink: &mut Sink<'_>, peek: bool) -> Result<Incoming> {
         self.error_or(|| Ok(()))?;
+        self.distribute();
         let mut state = self.state.lock();
         let peer = state.peer;
         let taken;
@@ -448,13 +497,12 @@ impl Socket for UdpSocket {
     }
 
     fn queued(&self) -> (usize, usize) {
-        (
-            self.state
-                .lock()
-                .queue
-                .front()
-                .map_or(0, |datagram| datagram.bytes.len()),
-            0,
-        )
+        self.distribute();
+        let state = self.state.lock();
+        let next = state.queue.front().map(|datagram| datagram.bytes.len());
+        let external = state.external.clone();
+        drop(state);
+        let waiting = || external.map_or(0, |external| external.waiting());
+        (next.unwrap_or_else(waiting), 0)
     }
 }

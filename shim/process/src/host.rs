@@ -9,7 +9,7 @@ use kiln_abi::host::{Event, HostInterface, Message, Registration, Slice};
 use kiln_abi::process::descriptor;
 use linux_raw_sys::general as raw;
 
-use crate::linux::{self, EBADF, EINTR, EINVAL, int};
+use crate::linux::{self, EBADF, EEXIST, EINTR, EINVAL, int};
 use crate::{memory, state, time, trap};
 
 /// The table that the kernel gets.
@@ -44,6 +44,7 @@ const EPOLLOUT: u32 = 0x4;
 const EPOLLRDHUP: u32 = 0x2000;
 const EPOLLET: u32 = 1 << 31;
 const EPOLL_CTL_ADD: usize = 1;
+const EPOLL_CTL_MOD: usize = 3;
 
 const MSG_DONTWAIT: u32 = 0x40;
 const MSG_NOSIGNAL: u32 = 0x4000;
@@ -181,18 +182,23 @@ extern "C" fn descriptor_watch(number: i32) -> isize {
         events: EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET,
         data: u64::from(number.unsigned_abs()),
     };
-    // SAFETY: reads the structure.
-    unsafe {
-        let event = &raw const event as usize;
+    let control = |operation| {
         let arguments = [
             int(descriptor::EPOLL),
-            EPOLL_CTL_ADD,
+            operation,
             int(number),
-            event,
+            &raw const event as usize,
             0,
             0,
         ];
-        linux::syscall(raw::__NR_epoll_ctl, arguments)
+        // SAFETY: reads the structure.
+        unsafe { linux::syscall(raw::__NR_epoll_ctl, arguments) }
+    };
+    match control(EPOLL_CTL_ADD) {
+        // A published datagram socket stays open in the monitor, and with it what was asked for under the same number
+        // before. Asking anew tells what it is ready for.
+        error if error == -EEXIST => control(EPOLL_CTL_MOD),
+        result => result,
     }
 }
 
