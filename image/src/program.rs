@@ -61,9 +61,9 @@ const MAX_CACHE: u64 = 16 << 20;
 
 /// What well-known programs open beside their libraries.
 pub struct Recipe {
-    /// File name of the program.
+    /// File name of the program. A `*` at the end stands for any version.
     pub program: &'static str,
-    /// Files and directories taken along with their contents, if they are there.
+    /// Files and directories taken along with their contents, if they are there. A `*` at the end stands for anything.
     pub contents: &'static [&'static str],
     /// Directories that are made, empty.
     pub empty: &'static [&'static str],
@@ -95,7 +95,76 @@ pub const RECIPES: &[Recipe] = &[
         contents: &[],
         empty: &["/var/lib/redis", "/var/log/redis", "/run/redis"],
     },
+    Recipe {
+        program: "python3*",
+        contents: &["/etc/python3*", "/usr/lib/python3*"],
+        empty: &[],
+    },
+    Recipe {
+        program: "perl*",
+        contents: &[
+            "/etc/perl",
+            "/usr/lib/x86_64-linux-gnu/perl*",
+            "/usr/share/perl*",
+        ],
+        empty: &[],
+    },
+    Recipe {
+        program: "ruby*",
+        contents: &[
+            "/usr/lib/ruby",
+            "/usr/lib/x86_64-linux-gnu/ruby",
+            "/usr/share/rubygems-integration",
+            "/var/lib/gems",
+        ],
+        empty: &[],
+    },
+    Recipe {
+        program: "php*",
+        contents: &[
+            "/etc/php",
+            "/usr/lib/php",
+            "/usr/share/php",
+            "/usr/share/zoneinfo",
+        ],
+        empty: &[],
+    },
 ];
+
+impl Recipe {
+    /// Whether it is for a program of this file name.
+    fn is_for(&self, file_name: &[u8]) -> bool {
+        fits(self.program, file_name)
+    }
+}
+
+/// Whether a name is what a recipe names.
+fn fits(pattern: &str, name: &[u8]) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(beginning) => name.starts_with(beginning.as_bytes()),
+        None => name == pattern.as_bytes(),
+    }
+}
+
+/// The paths in an image that an entry of [`Recipe::contents`] stands for, by what is below `on_host`, in order.
+fn recipe_paths(contents: &str, on_host: impl Fn(&[u8]) -> PathBuf) -> Vec<Vec<u8>> {
+    let Some((folder, last)) = contents
+        .rsplit_once('/')
+        .filter(|_| contents.ends_with('*'))
+    else {
+        return vec![contents.into()];
+    };
+    let mut paths: Vec<Vec<u8>> = fs::read_dir(on_host(folder.as_bytes()))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name().into_encoded_bytes())
+        .filter(|name| fits(last, name))
+        .map(|name| [folder.as_bytes(), b"/", &name].concat())
+        .collect();
+    paths.sort();
+    paths
+}
 
 /// Empty directories that programs expect, with their permission bits.
 const DIRECTORIES: [(&str, u16); 12] = [
@@ -134,6 +203,8 @@ const GROUPS: &[(&str, u32)] = &[
     ("nogroup", 65534),
 ];
 
+/// All addresses of a name in `/etc/hosts`, as on Debian: `localhost` has two.
+const HOST_LOOKUP: &str = "multi on\n";
 const NAME_SERVICES: &str = "\
 passwd: files
 group: files
@@ -376,12 +447,16 @@ impl Packing<'_> {
             self.packer.tree.insert(in_image.as_bytes(), node)?;
         }
         let file_name = absolute.file_name().unwrap_or_default();
-        for recipe in RECIPES.iter().filter(|recipe| file_name == recipe.program) {
-            for contents in recipe.contents {
-                let host = self.packer.on_host(contents.as_bytes());
+        let file_name = file_name.as_encoded_bytes();
+        for recipe in RECIPES.iter().filter(|recipe| recipe.is_for(file_name)) {
+            let paths = recipe
+                .contents
+                .iter()
+                .flat_map(|contents| recipe_paths(contents, |path| self.packer.on_host(path)));
+            for path in paths.collect::<Vec<_>>() {
+                let host = self.packer.on_host(&path);
                 if host.exists() {
-                    self.packer
-                        .everything(&host, contents.as_bytes(), Hidden::Keep)?;
+                    self.packer.everything(&host, &path, Hidden::Keep)?;
                 }
             }
             for directory in recipe.empty {
@@ -907,6 +982,7 @@ impl Packing<'_> {
         tree.provide("/etc/group", &groups(&[]))?;
         if facts.glibc {
             tree.provide("/etc/nsswitch.conf", NAME_SERVICES)?;
+            tree.provide("/etc/host.conf", HOST_LOOKUP)?;
         }
         Ok(())
     }
@@ -1226,6 +1302,40 @@ mod tests {
             return;
         };
         assert!(said.contains("test is successful"), "{said}");
+    }
+
+    #[test]
+    fn python_has_its_library() {
+        let path = Path::new("/usr/bin/python3");
+        if !path.exists() {
+            return;
+        }
+        let temporary = Temporary::new("python");
+        let packed = packed(path);
+        let line = "import json, encodings.idna; print(json.dumps('it runs'))";
+        if let Some(said) = run(&temporary, &packed, "/usr/bin/python3", &["-c", line]) {
+            assert!(said.contains("it runs"), "{said}");
+        }
+    }
+
+    #[test]
+    fn recipes_stand_for_versions() {
+        assert!(fits("python3*", b"python3.11") && fits("python3*", b"python3"));
+        assert!(!fits("python3*", b"python") && !fits("nginx", b"nginx-debug"));
+        let temporary = Temporary::new("recipes");
+        for name in ["perl5", "perl", "ruby"] {
+            fs::create_dir_all(temporary.0.join("usr/share").join(name)).unwrap();
+        }
+        let on_host = |path: &[u8]| {
+            let path = str::from_utf8(path).unwrap();
+            temporary.0.join(path.trim_start_matches('/'))
+        };
+        assert_eq!(
+            recipe_paths("/usr/share/perl*", on_host),
+            [b"/usr/share/perl".to_vec(), b"/usr/share/perl5".to_vec()]
+        );
+        assert_eq!(recipe_paths("/none/perl*", on_host), [b"".to_vec(); 0]);
+        assert_eq!(recipe_paths("/usr/x", on_host), [b"/usr/x".to_vec()]);
     }
 
     fn run_existing(temporary: &Temporary, program: &str, arguments: &[&str]) -> Option<String> {
