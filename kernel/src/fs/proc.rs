@@ -802,13 +802,15 @@ fn stat(thread: &Thread, text: &mut String) {
     let ticks = cpu_ticks(process);
     let (mapped, resident, _) = pages(process);
     let bytes = mapped * PAGE_SIZE;
+    let nice = process.control.lock().nice;
     // Fields 3 to 52 of proc_pid_stat(5): state, parent, group, session, terminal, its group, flags, faults (four),
     // times (four), priority, nice, threads, an old timer, start, memory, then what only ptrace may see.
     put(
         text,
         format_args!(
-            "{} ({name}) R 0 {pid} {pid} 0 -1 0 0 0 0 0 {ticks} 0 0 0 20 0 {threads} 0 0 {bytes} {resident} {} ",
+            "{} ({name}) R 0 {pid} {pid} 0 -1 0 0 0 0 0 {ticks} 0 0 0 {} {nice} {threads} 0 0 {bytes} {resident} {} ",
             thread.id,
+            20 + nice,
             UNLIMITED,
             pid = process.id,
         ),

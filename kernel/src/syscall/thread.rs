@@ -128,7 +128,19 @@ pub const CALLS: &[Entry] = &[
         number: linux::__NR_getpriority,
         name: "getpriority",
         handler: getpriority,
-        limits: "nice value 0 always",
+        limits: "",
+    },
+    Entry {
+        number: linux::__NR_setpriority,
+        name: "setpriority",
+        handler: setpriority,
+        limits: "for all threads; kept and told: there is one process",
+    },
+    Entry {
+        number: linux::__NR_sched_setparam,
+        name: "sched_setparam",
+        handler: sched_setparam,
+        limits: "priority 0 only",
     },
     Entry {
         number: linux::__NR_membarrier,
@@ -521,6 +533,17 @@ fn sched_getparam(call: &mut Call<'_>) -> Outcome {
         .into()
 }
 
+fn sched_setparam(call: &mut Call<'_>) -> Outcome {
+    let result = (|| {
+        check_thread(call)?;
+        match user::read::<i32>(call.raw(1))? {
+            0 => Ok(()),
+            _ => Err(Errno::EINVAL),
+        }
+    })();
+    Outcome::from(result)
+}
+
 fn priority_range(policy: u32) -> Result<(u32, u32)> {
     match policy {
         linux::SCHED_FIFO | linux::SCHED_RR => Ok((1, 99)),
@@ -551,9 +574,41 @@ fn getcpu(call: &mut Call<'_>) -> Outcome {
     Outcome::from(result)
 }
 
-fn getpriority(_: &mut Call<'_>) -> Outcome {
+/// Checks whom a priority call means: the one process, by whatever names it.
+fn check_priority_target(call: &Call<'_>) -> Result<()> {
+    let who = call.unsigned(1);
+    match call.unsigned(0) {
+        linux::PRIO_PROCESS => match who {
+            0 => Ok(()),
+            id => call.process().thread(id).map(drop),
+        },
+        linux::PRIO_PGRP if who == 0 || who == call.process().id => Ok(()),
+        linux::PRIO_USER if who == 0 || who == call.process().credentials.lock().uid[0] => Ok(()),
+        linux::PRIO_PGRP | linux::PRIO_USER => Err(Errno::ESRCH),
+        _ => Err(Errno::EINVAL),
+    }
+}
+
+fn getpriority(call: &mut Call<'_>) -> Outcome {
     // The raw call gives 20 minus the nice value.
-    Outcome::Done(Ok(20))
+    check_priority_target(call)
+        .map(|()| (20 - call.process().control.lock().nice).unsigned_abs())
+        .into()
+}
+
+fn setpriority(call: &mut Call<'_>) -> Outcome {
+    let result = (|| {
+        check_priority_target(call)?;
+        let nice = call.int(2).clamp(-20, 19);
+        let privileged = call.process().credentials.lock().is_privileged();
+        let mut control = call.process().control.lock();
+        if nice < control.nice && !privileged {
+            return Err(Errno::EACCES);
+        }
+        control.nice = nice;
+        Ok(())
+    })();
+    Outcome::from(result)
 }
 
 fn membarrier(call: &mut Call<'_>) -> Outcome {

@@ -230,6 +230,8 @@ pub struct ProcessControl {
     pub subreaper: bool,
     /// `PR_SET_THP_DISABLE`.
     pub no_huge_pages: bool,
+    /// `setpriority(2)`, from -20 to 19.
+    pub nice: i32,
 }
 
 /// What a thread says of itself by `prctl(2)`.
