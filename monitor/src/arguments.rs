@@ -219,6 +219,15 @@ pub struct VolumeMount {
     pub read_only: bool,
 }
 
+/// The volumes as they are to be mounted: one below another's path comes after it, so that it is not covered, in
+/// whatever order they were given.
+#[must_use]
+pub fn in_mount_order(volumes: &[VolumeMount]) -> Vec<&VolumeMount> {
+    let mut mounts: Vec<&VolumeMount> = volumes.iter().collect();
+    mounts.sort_by_key(|volume| volume.path.split('/').count());
+    mounts
+}
+
 /// Parses `HOSTDIR:/path[:ro|:rw]`.
 ///
 /// # Errors
@@ -530,6 +539,16 @@ mod tests {
         ] {
             assert!(parse_volume(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_volume_below_another_is_mounted_after_it() {
+        let volumes = ["a:/data/x/y", "b:/srv", "c:/data"].map(|text| parse_volume(text).unwrap());
+        let order: Vec<&str> = in_mount_order(&volumes)
+            .iter()
+            .map(|volume| volume.path.as_str())
+            .collect();
+        assert_eq!(order, ["/srv", "/data", "/data/x/y"]);
     }
 
     #[test]

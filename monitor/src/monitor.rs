@@ -30,7 +30,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 
-use crate::arguments::{Publish, signal_name};
+use crate::arguments::{Publish, in_mount_order, signal_name};
 use crate::console::{Log, Shown, Terminal};
 use crate::control::{Activity, Event, Message, Request, Said, Server as ControlServer, Session};
 use crate::direct;
@@ -304,8 +304,9 @@ impl<'a> Monitor<'a> {
             "open the image {}",
             configuration.image.path.display()
         )))?;
-        let mut volumes = Vec::with_capacity(configuration.volumes.len());
-        for volume in &configuration.volumes {
+        let mounts = in_mount_order(&configuration.volumes);
+        let mut volumes = Vec::with_capacity(mounts.len());
+        for volume in &mounts {
             volumes.push(VolumeServer::new(&volume.host, volume.read_only)?);
         }
         let mut ports = configuration.ports.clone();
@@ -387,8 +388,7 @@ impl<'a> Monitor<'a> {
         let mut run = configuration.run.clone();
         run.network = network;
         run.link = true;
-        run.volumes = configuration
-            .volumes
+        run.volumes = mounts
             .iter()
             .map(|volume| Volume {
                 path: volume.path.clone(),
