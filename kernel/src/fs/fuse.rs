@@ -1254,6 +1254,10 @@ impl FuseNode {
             parser.bytes(padding.min(parser.0.len()))?;
             *next = offset;
             let Ok(name) = core::str::from_utf8(name) else {
+                crate::trace::warn!(
+                    "a file of a volume is left out: its name \"{}\" is not UTF-8",
+                    name.escape_ascii()
+                );
                 self.forget_node(&entry);
                 continue;
             };

@@ -18,7 +18,7 @@ pub const CALLS: &[Entry] = &[
         number: linux::__NR_mmap,
         name: "mmap",
         handler: mmap,
-        limits: "no PROT_WRITE together with PROT_EXEC; MAP_SHARED with PROT_WRITE only for tmpfs and anonymous memory; MAP_HUGETLB: ENOMEM",
+        limits: "no PROT_WRITE together with PROT_EXEC; a shared mapping of a volume's file does not see what the host writes meanwhile; MAP_HUGETLB: ENOMEM",
     },
     Entry {
         number: linux::__NR_munmap,
@@ -142,12 +142,7 @@ fn try_mmap(call: &Call<'_>) -> Result<usize> {
         );
         return Err(Errno::ENOMEM);
     }
-    if protection.contains(Protection::WRITE | Protection::EXECUTE) {
-        trace::unsupported(
-            u64::from(linux::PROT_EXEC) << 32,
-            format_args!("mmap of memory that is writable and executable at once"),
-        );
-    }
+    tell_of_code_in_place(protection);
     let placement = if map & linux::MAP_FIXED_NOREPLACE != 0 {
         Placement::FixedIfFree(address)
     } else if map & linux::MAP_FIXED != 0 {
@@ -208,11 +203,24 @@ fn munmap(call: &mut Call<'_>) -> Outcome {
         .into()
 }
 
+/// Says that a program generates code in place, which will be refused: it may end without a word of its own.
+fn tell_of_code_in_place(protection: Protection) {
+    if protection.contains(Protection::WRITE | Protection::EXECUTE) {
+        trace::unsupported(
+            u64::from(linux::PROT_EXEC) << 32,
+            format_args!(
+                "memory that is writable and executable at once; have the program interpret (node runs with --jitless)"
+            ),
+        );
+    }
+}
+
 fn mprotect(call: &mut Call<'_>) -> Outcome {
     let protection = match protection(call.unsigned(2)) {
         Ok(protection) => protection,
         Err(error) => return Outcome::fail(error),
     };
+    tell_of_code_in_place(protection);
     call.process()
         .memory
         .lock()
