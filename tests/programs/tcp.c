@@ -200,6 +200,24 @@ static void exchange(int family) {
     CALL(read(fd, buffer, 1));
     CALL(send(fd, "x", 1, MSG_NOSIGNAL));
     close(fd);
+    for (int lingers = 0; lingers < 2; lingers++) {
+        section("data before a reset");
+        fd = client();
+        accepted = MUST(accept(server, NULL, NULL));
+        if (lingers)
+            MUST(setsockopt(accepted, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once));
+        else
+            CALL(send(fd, "never read", 10, 0));
+        CALL(send(accepted, "last", 4, 0));
+        close(accepted);
+        entry = (struct pollfd){fd, POLLIN, 0};
+        CALL(poll(&entry, 1, 5000));
+        SHOW((entry.revents & (POLLERR | POLLHUP)) == (POLLERR | POLLHUP));
+        CALL(read(fd, buffer, 10));
+        CALL(read(fd, buffer, 10));
+        CALL(read(fd, buffer, 10));
+        close(fd);
+    }
 
     section("without blocking");
     fd = MUST(socket(family, SOCK_STREAM | SOCK_NONBLOCK, 0));

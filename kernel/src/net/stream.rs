@@ -241,7 +241,10 @@ impl StreamEnd {
     /// `EAGAIN` when there is nothing; the connection's error after a reset, once; `EFAULT`.
     pub fn receive(&self, sink: &mut Sink<'_>, peek: bool) -> Result<Received> {
         let mut state = self.pair.state.lock();
-        if let Some(error) = state.errors[self.side].take() {
+        // What came before a reset is read before its error.
+        if state.directions[1 - self.side].ring.length == 0
+            && let Some(error) = state.errors[self.side].take()
+        {
             return Err(error);
         }
         let direction = &mut state.directions[1 - self.side];
@@ -416,16 +419,11 @@ impl StreamEnd {
         let unread = incoming.ring.length > 0;
         incoming.reader_gone = true;
         incoming.ring.consume(incoming.ring.length);
-        let mut dropped = core::mem::take(&mut incoming.attachments);
+        let dropped = core::mem::take(&mut incoming.attachments);
         let already = state.directions[self.side].reader_gone;
         if (abort || unread) && !already {
             state.reset = true;
             state.errors[1 - self.side] = Some(Errno::ECONNRESET);
-            let outgoing = &mut state.directions[self.side];
-            if abort {
-                outgoing.ring.consume(outgoing.ring.length);
-                dropped.append(&mut outgoing.attachments);
-            }
         }
         state.directions[self.side].write_closed = true;
         drop(state);
@@ -536,6 +534,17 @@ mod tests {
         assert_eq!(read(&a, 10), Err(Errno::ECONNRESET));
         assert_eq!(read(&a, 10).unwrap(), b"");
         assert_eq!(a.send(&mut Source::kernel(b"x"), None), Err(Errno::EPIPE));
+    }
+
+    #[test]
+    fn what_came_before_a_reset_is_read_before_its_error() {
+        let (a, b) = new(8192);
+        a.send(&mut Source::kernel(b"never read"), None).unwrap();
+        b.send(&mut Source::kernel(b"go away"), None).unwrap();
+        b.close(false);
+        assert_eq!(read(&a, 100).unwrap(), b"go away");
+        assert_eq!(read(&a, 100), Err(Errno::ECONNRESET));
+        assert_eq!(read(&a, 100).unwrap(), b"");
     }
 
     #[test]
