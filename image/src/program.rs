@@ -1334,7 +1334,7 @@ mod tests {
             recipe_paths("/usr/share/perl*", on_host),
             [b"/usr/share/perl".to_vec(), b"/usr/share/perl5".to_vec()]
         );
-        assert_eq!(recipe_paths("/none/perl*", on_host), [b"".to_vec(); 0]);
+        assert!(recipe_paths("/none/perl*", on_host).is_empty());
         assert_eq!(recipe_paths("/usr/x", on_host), [b"/usr/x".to_vec()]);
     }
 

@@ -619,10 +619,10 @@ impl SocketServer {
         let published = self.listeners.iter_mut().find(|listener| {
             listener.publish.protocol == Protocol::Udp && listener.publish.guest == wanted.port()
         });
-        if let (Some(listener), false) = (published, wanted.ip().is_loopback()) {
-            if let Some(socket) = published_datagram(listener, &wanted, both_families)? {
-                return Ok((socket, wanted));
-            }
+        if let (Some(listener), false) = (published, wanted.ip().is_loopback())
+            && let Some(socket) = published_datagram(listener, &wanted, both_families)?
+        {
+            return Ok((socket, wanted));
         }
         // Not published: any port of the host will do, and the program sees the one it asked for.
         let any = match wanted {

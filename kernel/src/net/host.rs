@@ -585,8 +585,7 @@ impl Descriptor {
         let result = match counted {
             // A stream of another kind, which has to be looked at.
             Err(Errno::EFAULT) => {
-                let mut bytes = Vec::new();
-                bytes.resize(LOOK_AHEAD, 0u8);
+                let mut bytes = alloc::vec![0u8; LOOK_AHEAD];
                 let slice = Slice {
                     address: bytes.as_mut_ptr() as usize,
                     length: bytes.len(),

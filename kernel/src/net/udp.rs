@@ -180,8 +180,7 @@ impl UdpSocket {
         if !self.base.shared.tables.is_shared(port, scope) {
             return;
         }
-        let mut buffer = Vec::new();
-        buffer.resize(MAX_DATAGRAM, 0);
+        let mut buffer = alloc::vec![0; MAX_DATAGRAM];
         // An error stays with the socket that it was told to.
         while let Ok(received) = external.receive(&mut Sink::kernel(&mut buffer), false, None) {
             let to = SocketAddr::new(received.to, port);
