@@ -2,6 +2,8 @@
 
 use std::{
     fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -107,6 +109,7 @@ pub fn build(
     progress: &mut dyn Progress,
 ) -> Result<Built> {
     progress.step(Step::Collecting, None);
+    check_output(output, source)?;
     let name = options
         .name
         .clone()
@@ -146,7 +149,14 @@ pub fn build(
     progress.step(Step::Writing, Some(total));
     let partial = partial_path(output)?;
     let outcome = (|| {
-        let file = File::create(&partial).map_err(Error::io("create", &partial))?;
+        let file = File::create(&partial).map_err(|cause| Error::Output {
+            path: output.into(),
+            reason: cause.to_string(),
+            remedy: match cause.kind() {
+                io::ErrorKind::StorageFull => "free some space there",
+                _ => "name a file in a directory that you may write to",
+            },
+        })?;
         let mut root_length = 0;
         file::write(
             file,
@@ -177,6 +187,61 @@ pub fn build(
             Err(error)
         }
     }
+}
+
+/// Refuses an output that must not be replaced: what is no regular file (a device, a pipe, a directory), and the program itself.
+/// A directory that is missing is named here, where the message can say which one.
+fn check_output(output: &Path, source: &Source) -> Result<()> {
+    let refuse = |reason: String, remedy: &'static str| {
+        Err(Error::Output {
+            path: output.into(),
+            reason,
+            remedy,
+        })
+    };
+    let directory = match output.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if !directory.exists() {
+        return refuse(
+            format!("there is no directory {}", directory.display()),
+            "make it first (mkdir -p), or name a file in another directory",
+        );
+    }
+    let Ok(present) = fs::metadata(output) else {
+        return Ok(());
+    };
+    if present.is_dir() {
+        return refuse(
+            "it is a directory".into(),
+            "name a file in it, such as DIRECTORY/NAME.kiln",
+        );
+    }
+    if !present.is_file() {
+        return refuse(
+            "it is no regular file, and would be replaced by one".into(),
+            "name a file, such as NAME.kiln",
+        );
+    }
+    let program = match source {
+        Source::Program { path } => Some(path.clone()),
+        Source::Project { directory, project } => {
+            project.program.as_ref().map(|path| directory.join(path))
+        }
+        Source::Site { .. } => None,
+    };
+    let identity = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino());
+    if program
+        .and_then(|program| fs::metadata(program).ok())
+        .is_some_and(|program| identity(&program) == identity(&present))
+    {
+        return refuse(
+            "it is the program itself, which would be lost".into(),
+            "name another file, such as NAME.kiln",
+        );
+    }
+    Ok(())
 }
 
 /// A name beside the output, so that the last step is a rename.
@@ -350,7 +415,39 @@ mod tests {
         let error = built(&site, &output, &|options| options.guest.kernel = b"").unwrap_err();
         assert_eq!(error.to_string(), "the built-in kernel: is no ELF file");
         let error = built(&site, &temporary.0.join("no/x.kiln"), &|_| {}).unwrap_err();
-        assert!(error.to_string().starts_with("cannot create"));
+        assert!(
+            error.to_string().contains("there is no directory"),
+            "{error}"
+        );
+        assert!(error.remedy().is_some());
         assert_eq!(fs::read_dir(&temporary.0).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_is_no_file_or_the_program_itself_is_not_replaced() {
+        let temporary = Temporary::new("replaced");
+        let program = temporary.0.join("program");
+        fs::copy("/bin/true", &program).unwrap();
+        let socket = temporary.0.join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let link = temporary.0.join("link");
+        std::os::unix::fs::symlink(&program, &link).unwrap();
+        for (output, word) in [
+            (&program, "the program itself"),
+            (&link, "the program itself"),
+            (&socket, "no regular file"),
+            (&temporary.0, "a directory"),
+        ] {
+            let error = built(&program, output, &|_| {}).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+            assert_eq!(error.kind(), crate::Kind::Input);
+        }
+        assert_eq!(fs::read(&program).unwrap(), fs::read("/bin/true").unwrap());
+        assert_eq!(fs::read_dir(&temporary.0).unwrap().count(), 3);
+        // An older image is what is meant to be replaced.
+        let image = temporary.0.join("x.kiln");
+        for _ in 0..2 {
+            built(&program, &image, &|_| {}).unwrap();
+        }
     }
 }

@@ -126,6 +126,16 @@ pub enum Error {
         /// How many.
         count: usize,
     },
+    /// The image cannot be written where it should be.
+    #[error("cannot write {}: {reason}", path.display())]
+    Output {
+        /// As given.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// The kernel or the VM shim built into this command cannot be put into an image.
     #[error("the built-in {what}: {reason}")]
     Guest {
@@ -191,6 +201,7 @@ impl Error {
             Self::NoImage { .. } => "`kiln images` lists the stored images".into(),
             Self::Ambiguous { .. } => "give more digits of the digest".into(),
             Self::Guest { .. } => "build kiln again".into(),
+            Self::Output { remedy, .. } => (*remedy).into(),
             Self::Value { .. } => return None,
         })
     }

@@ -415,6 +415,15 @@ pub struct Image {
     manifest: Manifest,
 }
 
+/// For a directory, a pipe or a device where an image should be.
+fn not_a_file(path: &Path) -> Error {
+    Error::BadSource {
+        path: path.into(),
+        reason: "is not a file".into(),
+        remedy: "give an image file".into(),
+    }
+}
+
 impl Image {
     /// Opens an image file and checks its structure (not the contents of the root).
     ///
@@ -423,6 +432,11 @@ impl Image {
     /// The file cannot be read, is not an image, is cut off, or its parts contradict each other.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        // Looked at before it is opened: that of a pipe would wait for somebody who writes.
+        let metadata = std::fs::metadata(path).map_err(Error::io("open", path))?;
+        if !metadata.is_file() {
+            return Err(not_a_file(path));
+        }
         let file = File::open(path).map_err(Error::io("open", path))?;
         Self::from_file(file, path)
     }
@@ -435,10 +449,7 @@ impl Image {
     pub fn from_file(file: File, path: &Path) -> Result<Self> {
         let metadata = file.metadata().map_err(Error::io("open", path))?;
         if !metadata.is_file() {
-            return Err(Error::BadImage {
-                path: path.into(),
-                reason: "is not a file".into(),
-            });
+            return Err(not_a_file(path));
         }
         let length = metadata.len();
         let reader = Reader {
@@ -467,6 +478,10 @@ impl Image {
     #[must_use]
     pub fn is_image(path: &Path) -> bool {
         let mut start = [0; PAGE_SIZE + 8];
+        // Looked at before it is opened: that of a pipe would wait for somebody who writes.
+        if !std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
+            return false;
+        }
         let Ok(file) = File::open(path) else {
             return false;
         };

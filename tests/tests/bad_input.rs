@@ -122,6 +122,42 @@ fn a_damaged_image() {
 }
 
 #[test]
+fn what_is_no_file_is_neither_read_nor_replaced() {
+    let kiln = Kiln::new();
+    let program = programs::compile(kiln.folder(), "hello", HELLO);
+    let pipe = kiln.folder().join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.is_ok_and(|status| status.success()));
+    for command in ["run", "build", "check", "inspect"] {
+        // Not one of them waits for somebody who writes into it.
+        kiln.fail(2, &["pipe", "file"], [command, text(&pipe)]);
+    }
+    kiln.fail(
+        2,
+        &["pipe", "regular file"],
+        ["build", "-o", text(&pipe), text(&program)],
+    );
+    assert!(!pipe.is_file() && pipe.exists());
+    kiln.fail(
+        2,
+        &["hello", "the program itself"],
+        ["build", "-o", text(&program), text(&program)],
+    );
+    assert_eq!(kiln.succeed(["run", text(&program)]), "hello\n");
+    kiln.fail(
+        2,
+        &["nowhere/hello.kiln", "there is no directory", "mkdir"],
+        [
+            "build",
+            "-o",
+            text(&kiln.folder().join("nowhere/hello.kiln")),
+            text(&program),
+        ],
+    );
+    kiln.fail(2, &["is not a file"], ["inspect", text(kiln.folder())]);
+}
+
+#[test]
 fn a_directory_without_an_index() {
     let kiln = Kiln::new();
     let folder = kiln.folder().join("empty");
