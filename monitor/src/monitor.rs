@@ -1387,6 +1387,13 @@ fn judge(end: &End, exited: Option<i32>, started: bool, killed: bool) -> Ended {
             EXIT_MEMORY,
             Some("it took more memory than it was given; give it more with -m".to_owned()),
         ),
+        // A kernel says so when its program has ended, also with 0: QEMU ends with that, too, when somebody sends it a signal.
+        (None, End::Exited(0)) if started => ended(
+            1,
+            Some(
+                "the unikernel ended without a word of its kernel, as when somebody on the host ends QEMU".to_owned(),
+            ),
+        ),
         (None, End::Exited(code)) if started => ended(code & 0xff, None),
         (None, End::Exited(EXIT_SHIM)) => ended(
             EXIT_SHIM,
@@ -1799,6 +1806,7 @@ mod tests {
             (End::Signalled(31), true, 159, "SIGSYS"),
             (End::Signalled(9), true, 137, "memory"),
             (End::Exited(1), false, 1, "before its program began"),
+            (End::Exited(0), true, 1, "without a word"),
         ] {
             let (outcome, _) = run_fake(
                 &scratch.0,

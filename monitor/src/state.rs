@@ -371,7 +371,9 @@ impl StateDirectory {
                 instance.state.exit_code = None;
                 instance.state.process = None;
                 instance.state.monitor = None;
-                write_json(&directory, "state.json", &instance.state)?;
+                // If that cannot be noted (the disk is full), the next to look finds it out as well; and whoever wants to
+                // remove the instance must be able to.
+                let _ = write_json(&directory, "state.json", &instance.state);
                 let _ = fs::remove_file(directory.join(CONTROL));
             }
         }
@@ -613,9 +615,14 @@ fn write_json<T: Serialize>(directory: &Path, name: &str, value: &T) -> Result<(
         .mode(0o600)
         .open(&fresh)
         .map_err(failed())?;
-    file.write_all(&bytes).map_err(failed())?;
+    let written = file.write_all(&bytes);
     drop(file);
-    fs::rename(&fresh, &path).map_err(failed())
+    written
+        .and_then(|()| fs::rename(&fresh, &path))
+        .map_err(|error| {
+            let _ = fs::remove_file(&fresh);
+            failed()(error)
+        })
 }
 
 #[cfg(test)]
@@ -673,6 +680,26 @@ pub(crate) mod tests {
             1,
             "nothing half made stays"
         );
+    }
+
+    #[test]
+    fn a_dead_instance_can_be_removed_when_nothing_can_be_written() {
+        let scratch = Scratch::new();
+        let mut instance = scratch.0.create(&configuration("a")).unwrap();
+        instance.state.phase = Phase::Running;
+        instance.save().unwrap();
+        // In the way of every new state file, as a full disk is.
+        let obstacle = instance
+            .directory()
+            .join(format!(".state.json.{}", std::process::id()));
+        fs::create_dir(&obstacle).unwrap();
+        assert!(instance.save().is_err());
+        drop(instance);
+        let (seen, damaged) = scratch.0.list().unwrap();
+        assert!(damaged.is_empty(), "{damaged:?}");
+        assert_eq!(seen[0].state.phase, Phase::Crashed);
+        scratch.0.open("a").unwrap().remove().unwrap();
+        assert!(!scratch.0.exists("a"));
     }
 
     #[test]
