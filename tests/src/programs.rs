@@ -116,12 +116,23 @@ pub fn path(name: &str, kind: Kind) -> Option<PathBuf> {
 /// When it does not compile.
 #[must_use]
 pub fn compile(folder: &Path, name: &str, source: &str) -> PathBuf {
+    compile_with(folder, name, source, &["-O1", "-pthread"])
+}
+
+/// Compiles a C program of a test's own with these options for the compiler.
+///
+/// # Panics
+///
+/// When it does not compile.
+#[must_use]
+pub fn compile_with(folder: &Path, name: &str, source: &str, options: &[&str]) -> PathBuf {
     let text = folder.join(name).with_added_extension("c");
     let program = folder.join(name);
     fs::write(&text, source).expect("the source can be written");
     let outcome = run(
         Command::new("cc")
-            .args(["-O1", "-pthread", "-o"])
+            .args(options)
+            .arg("-o")
             .args([&program, &text]),
         RUN_DEADLINE,
     );

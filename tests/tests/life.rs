@@ -137,6 +137,81 @@ fn a_crash_is_reported() {
     }
 }
 
+/// Crashes or aborts some calls deep, also in a signal's handler.
+const FALLER: &str = r#"
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#define APART __attribute__((noinline))
+static volatile int zero;
+APART int third(void) { *(volatile int *volatile)8 = 1; return zero; }
+APART int second(int way) {
+    char room[300];
+    memset(room, way, sizeof room);
+    if (way == 'a') abort();
+    return third() + room[zero];
+}
+APART int first(int way) { return second(way) + 1; }
+static void handler(int signal) { first(signal); }
+int main(int argc, char **argv) {
+    if (argv[1][0] == 's') { signal(SIGUSR1, handler); return raise(SIGUSR1) + zero; }
+    if (argv[1][0] == 'n') { ((void (*volatile)(void))0)(); return zero; }
+    return first(argv[1][0]) + argc;
+}
+"#;
+
+#[test]
+fn the_callers_of_a_crash_are_named_without_frame_pointers() {
+    let kiln = Kiln::new();
+    let program = programs::compile_with(
+        kiln.folder(),
+        "faller",
+        FALLER,
+        &["-O2", "-fomit-frame-pointer", "-fno-optimize-sibling-calls"],
+    );
+    let image = kiln.build(&program);
+    let image = image.to_str().expect("the path is text");
+    for engine in engines() {
+        for (way, code, signal, callers) in [
+            (
+                "c",
+                139,
+                "SIGSEGV",
+                &["third", "second", "first", "main"][..],
+            ),
+            (
+                "s",
+                139,
+                "SIGSEGV",
+                &["third", "second", "first", "handler", "main"],
+            ),
+            ("n", 139, "SIGSEGV", &["main"]),
+            ("a", 134, "SIGABRT", &["abort", "second", "first", "main"]),
+        ] {
+            let outcome = kiln.run(["run", "--engine", &engine, image, "--", way]);
+            assert_eq!(outcome.code(), code, "{engine} {way}: {outcome}");
+            assert!(outcome.errors.contains(signal), "{engine}: {outcome}");
+            // The compiler may have split off a part that is seldom needed (`second.cold`).
+            let mut rest = outcome.errors.as_str();
+            for caller in callers {
+                let call = format!("({caller}");
+                let place = rest
+                    .find(&call)
+                    .unwrap_or_else(|| panic!("{engine} {way}: no {caller}\n{outcome}"));
+                rest = &rest[place + call.len()..];
+            }
+            // The last one is the program's very beginning, and not an accident of what lies on the stack.
+            let last = rest.lines().last().unwrap_or_default();
+            assert!(last.contains("(_start+"), "{engine} {way}: {outcome}");
+            assert_eq!(
+                outcome.errors.contains("sent by process 1"),
+                way == "a",
+                "{engine} {way}: {outcome}"
+            );
+        }
+    }
+}
+
 /// Writes while it makes remarks of the kernel's, the last of them right before it ends.
 const REMARKED: &str = r#"
 #include <stdio.h>

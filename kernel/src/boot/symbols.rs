@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use alloc::{string::String, vec::Vec};
+use alloc::{borrow::Cow, string::String};
 
 use elf::{ElfBytes, endian::LittleEndian};
 use kiln_abi::host::MemoryRange;
@@ -96,30 +96,35 @@ pub fn function(file: &[u8], offset: u32) -> Option<(&str, u64)> {
     ))
 }
 
-/// The symbol of a file in the program's file tree, at an offset in the file.
+/// The virtual address that an offset in an ELF file is loaded to, before the file as a whole is moved.
 #[must_use]
-pub fn lookup(kernel: &Kernel, path: &str, offset: u64) -> Option<(String, u64)> {
-    let view = View::superuser(kernel.root.get()?);
-    let walk = view.find(&view.root, path, Resolve::FOLLOW).ok()?;
-    let bytes = contents(kernel, &**walk.inode())?;
-    let (name, distance) = find(&bytes, |file| {
-        let segments = file.segments()?;
-        segments
-            .iter()
-            .find(|segment| {
-                segment.p_type == 1
-                    && offset >= segment.p_offset
-                    && offset - segment.p_offset < segment.p_filesz
-            })
-            .map(|segment| segment.p_vaddr + (offset - segment.p_offset))
+pub fn address(file: &ElfBytes<'_, LittleEndian>, offset: u64) -> Option<u64> {
+    /// A segment that is loaded.
+    const PT_LOAD: u32 = 1;
+    let segment = file.segments()?.iter().find(|segment| {
+        segment.p_type == PT_LOAD
+            && offset >= segment.p_offset
+            && offset - segment.p_offset < segment.p_filesz
     })?;
+    segment.p_vaddr.checked_add(offset - segment.p_offset)
+}
+
+/// The symbol at an offset in an ELF file, and the distance from its start.
+#[must_use]
+pub fn lookup(bytes: &[u8], offset: u64) -> Option<(String, u64)> {
+    let (name, distance) = find(bytes, |file| address(file, offset))?;
     Some((
         alloc::format!("{:#}", rustc_demangle::demangle(name)),
         distance,
     ))
 }
 
-fn contents(kernel: &Kernel, inode: &dyn Inode) -> Option<Vec<u8>> {
+/// The bytes of a file in the program's file tree, for what has to be known about a crash. Those of the image are not copied.
+#[must_use]
+pub fn contents(kernel: &Kernel, path: &str) -> Option<Cow<'static, [u8]>> {
+    let view = View::superuser(kernel.root.get()?);
+    let walk = view.find(&view.root, path, Resolve::FOLLOW).ok()?;
+    let inode: &dyn Inode = &**walk.inode();
     let size = inode.metadata().ok()?.size;
     if size > LARGEST {
         return None;
@@ -131,18 +136,19 @@ fn contents(kernel: &Kernel, inode: &dyn Inode) -> Option<Vec<u8>> {
         return kernel
             .root_image
             .bytes
-            .get(start..start + size as usize)
-            .map(<[u8]>::to_vec);
+            .get(start..start.checked_add(usize::try_from(size).ok()?)?)
+            .map(Cow::Borrowed);
     }
     let mut bytes = alloc::vec![0; size as usize];
     let count = inode.read_at(0, &mut Sink::kernel(&mut bytes)).ok()?;
     bytes.truncate(count);
-    Some(bytes)
+    Some(Cow::Owned(bytes))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::vec::Vec;
 
     fn table() -> Vec<u8> {
         let mut bytes = b"anything before".to_vec();

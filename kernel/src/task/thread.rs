@@ -1,6 +1,6 @@
 //! The life of a thread: run the program, handle its traps, go on.
 
-use alloc::{boxed::Box, string::String, sync::Arc};
+use alloc::{borrow::Cow, boxed::Box, string::String, sync::Arc};
 use core::{
     future::{Future, poll_fn},
     sync::atomic::Ordering,
@@ -16,10 +16,14 @@ use super::{
 };
 use crate::{
     Errno,
+    boot::symbols,
     cpu::UserContext,
     memory::user,
     syscall::{self, Call, Outcome, Restart},
-    trace,
+    trace::{
+        self,
+        unwind::{Frame, Module},
+    },
 };
 
 /// System calls after which a thread lets the main loop look at events, even if none is known: so that a program that
@@ -207,14 +211,20 @@ fn report_end(thread: &Arc<Thread>, context: &UserContext, end: signal::SignalIn
     }
     let r = &context.registers;
     let name = thread.name();
+    // A code above zero is a fault's, with an address; the others say that a process sent it: the program itself.
+    let cause = match end.code {
+        1.. => alloc::format!("at address {:#x}", end.address),
+        _ => alloc::format!("sent by process {}", end.address as u32),
+    };
+    let mut frame = Frame::new(r);
+    let mut module = LoadedFile::at(thread, &frame);
     trace::error!(
-        "{name}[{}]: {:?} (code {}) at address {:#x}, instruction {:#x} {}",
+        "{name}[{}]: {:?} (code {}) {cause}, instruction {:#x}{}",
         thread.id,
         end.signal,
         end.code,
-        end.address,
         r.rip,
-        place(thread, r.rip, 0)
+        place(&frame, module.as_ref())
     );
     trace::error!(
         "rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}",
@@ -245,43 +255,76 @@ fn report_end(thread: &Arc<Thread>, context: &UserContext, end: signal::SignalIn
         r.r15
     );
     trace::error!("flags {:08x} fs {:016x}", r.rflags, context.fs_base);
-    let mut frame = r.rbp;
-    for depth in 0..32 {
-        let (Ok(next), Ok(address)) = (
-            user::read::<u64>(frame),
-            user::read::<u64>(frame.wrapping_add(8)),
-        ) else {
+    for depth in 0..=BACKTRACE {
+        let source = module.as_ref().map(LoadedFile::module);
+        let Some(caller) = frame.caller(source.as_ref(), &|address| user::read(address).ok())
+        else {
             break;
         };
-        if address == 0 || next <= frame {
+        if depth == BACKTRACE {
+            trace::error!("  ... and more");
             break;
         }
-        trace::error!("  #{depth} {address:#x} {}", place(thread, address, 1));
-        frame = next;
+        module = LoadedFile::at(thread, &caller);
+        let address = caller.address();
+        trace::error!("  #{depth} {address:#x}{}", place(&caller, module.as_ref()));
+        frame = caller;
     }
 }
 
-/// Which mapped file an address lies in, and where in it; with the symbol if the file has symbols. `behind`: 1 for an address to
-/// return to, whose call lies before it; the next function may begin there, when the call never returns.
-fn place(thread: &Thread, address: u64, behind: u64) -> String {
-    let found = thread
-        .process
-        .memory
-        .lock()
-        .file_at((address - behind) as usize);
-    match found {
-        Some((path, offset)) => {
-            let symbol = crate::boot::symbols::lookup(thread.kernel(), &path, offset);
-            let offset = offset + behind;
-            match symbol {
-                Some((name, distance)) => {
-                    let distance = distance + behind;
-                    alloc::format!("({name}+{distance:#x} in {path}+{offset:#x})")
-                }
-                None => alloc::format!("({path}+{offset:#x})"),
-            }
+/// Most callers that a crash names.
+const BACKTRACE: usize = 40;
+
+/// The mapped file that a frame's instruction comes from.
+struct LoadedFile {
+    /// In the program's file tree.
+    path: String,
+    /// Offset in the file of the instruction that is meant: for an address to return to the call, which lies before it. The next function
+    /// may begin there, when the call never returns.
+    offset: u64,
+    bytes: Cow<'static, [u8]>,
+}
+
+impl LoadedFile {
+    fn at(thread: &Thread, frame: &Frame) -> Option<LoadedFile> {
+        let address = frame.address().checked_sub(frame.behind())?;
+        let address = usize::try_from(address).ok()?;
+        let (path, offset) = thread.process.memory.lock().file_at(address)?;
+        let bytes = symbols::contents(thread.kernel(), &path).unwrap_or_default();
+        Some(LoadedFile {
+            path,
+            offset,
+            bytes,
+        })
+    }
+
+    fn module(&self) -> Module<'_> {
+        Module {
+            bytes: &self.bytes,
+            offset: self.offset,
         }
-        None => String::new(),
+    }
+}
+
+/// Which mapped file a frame lies in, and where in it; with the symbol if the file has symbols.
+fn place(frame: &Frame, file: Option<&LoadedFile>) -> String {
+    let Some(LoadedFile {
+        path,
+        offset,
+        bytes,
+    }) = file
+    else {
+        return String::new();
+    };
+    let behind = frame.behind();
+    let symbol = symbols::lookup(bytes, *offset);
+    let offset = offset + behind;
+    match symbol {
+        Some((name, distance)) => {
+            let distance = distance + behind;
+            alloc::format!(" ({name}+{distance:#x} in {path}+{offset:#x})")
+        }
+        None => alloc::format!(" ({path}+{offset:#x})"),
     }
 }
 

@@ -4,6 +4,8 @@
 //! console, with a prefix that the program's own output does not have. What is shown is set for each
 //! topic by the run's `log` option: `syscall=trace,net=debug,info`.
 
+pub mod unwind;
+
 use alloc::{string::String, sync::Arc, vec::Vec};
 use core::{
     fmt::{self, Write},
