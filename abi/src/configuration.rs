@@ -29,6 +29,9 @@ pub struct RunConfiguration {
     pub volumes: Vec<Volume>,
     /// True when a monitor is at the other end of the link (VM: the first virtio console device).
     pub link: bool,
+    /// True when the monitor sends the program's standard input ([`crate::link::ToKernel::Input`]); else it is at its end from the
+    /// start, as `/dev/null` would be.
+    pub input: bool,
     /// Wall clock at the start in nanoseconds since 1970, for machines without a clock.
     pub realtime: Option<u64>,
     /// What to log, in the kernel's filter syntax (`syscall=trace,net=debug`).
@@ -55,6 +58,7 @@ impl RunConfiguration {
             writer.number(volume.read_only);
         });
         writer.number(self.link);
+        writer.number(self.input);
         writer.option(self.realtime, Writer::number);
         writer.optional_text(self.log.as_deref());
         writer.finish()
@@ -82,6 +86,7 @@ impl RunConfiguration {
                 read_only: reader.flag(),
             }),
             link: reader.flag(),
+            input: reader.flag(),
             realtime: reader.option(Reader::number),
             log: reader.optional_text(),
         };

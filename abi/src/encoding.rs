@@ -316,6 +316,7 @@ mod tests {
                 },
             ],
             link: true,
+            input: true,
             realtime: Some(u64::MAX),
             log: Some("net=debug".into()),
         };

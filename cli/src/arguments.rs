@@ -135,7 +135,7 @@ pub struct RunArguments {
     /// Remove the instance when it ends (default in the foreground without --name)
     #[arg(long)]
     pub rm: bool,
-    /// Give standard input to the program
+    /// Give standard input to the program; without, it reads the end of a file
     #[arg(short, long, conflicts_with = "detach")]
     pub interactive: bool,
     /// What the kernel logs, such as syscall=trace,net=debug

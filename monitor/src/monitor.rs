@@ -388,6 +388,7 @@ impl<'a> Monitor<'a> {
         let mut run = configuration.run.clone();
         run.network = network;
         run.link = true;
+        run.input = setting.input;
         run.volumes = mounts
             .iter()
             .map(|volume| Volume {

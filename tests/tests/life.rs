@@ -212,6 +212,60 @@ fn the_callers_of_a_crash_are_named_without_frame_pointers() {
     }
 }
 
+/// Copies its standard input to its standard output.
+const READER: &str = r#"
+#include <poll.h>
+#include <stdio.h>
+#include <unistd.h>
+int main(void) {
+    char bytes[4096];
+    ssize_t count;
+    struct pollfd wait = { .fd = 0, .events = POLLIN };
+    if (poll(&wait, 1, -1) != 1) return 3;
+    while ((count = read(0, bytes, sizeof bytes)) > 0)
+        if (write(1, bytes, count) != count) return 1;
+    puts("end");
+    return count < 0;
+}
+"#;
+
+#[test]
+fn standard_input_is_given_if_asked_for_and_else_at_its_end() {
+    use std::{io::Write as _, process::Stdio};
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "reader", READER));
+    let image = image.to_str().expect("the path is text");
+    for engine in engines() {
+        // A terminal that nobody types at, so to speak: the writing end stays open.
+        let (_typist, keyboard) = std::io::pipe().expect("a pipe");
+        let mut command = kiln.command(["run", "--engine", &engine, image]);
+        let outcome = kiln_tests::run(command.stdin(keyboard), kiln_tests::RUN_DEADLINE);
+        assert_eq!(outcome.code(), 0, "{engine}: {outcome}");
+        assert_eq!(outcome.output, "end\n", "{engine}");
+
+        let mut command = kiln.command(["run", "-i", "--engine", &engine, image]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("it starts");
+        let mut input = child.stdin.take().expect("a pipe");
+        input.write_all(b"some words\n").expect("it reads");
+        drop(input);
+        let output = child.wait_with_output().expect("it ends");
+        assert!(output.status.success(), "{engine}");
+        assert_eq!(output.stdout, b"some words\nend\n", "{engine}");
+
+        kiln.start("reader", &["--engine", &engine, image]);
+        eventually("its end", || {
+            let ended = kiln.succeed(["ps", "-q", "--running"]).is_empty();
+            ended.then_some(())
+        });
+        assert_eq!(kiln.succeed(["logs", "reader"]), "end\n", "{engine}");
+        kiln.succeed(["rm", "reader"]);
+    }
+}
+
 /// Writes while it makes remarks of the kernel's, the last of them right before it ends.
 const REMARKED: &str = r#"
 #include <stdio.h>

@@ -20,20 +20,30 @@ use crate::{
 /// Bytes copied at once.
 const CHUNK: usize = 4096;
 
-#[derive(Default)]
 struct Queue {
     bytes: VecDeque<u8>,
     ended: bool,
 }
 
 /// What was typed, or piped into `kiln run`.
-#[derive(Default)]
 pub struct ConsoleInput {
     queue: Mutex<Queue>,
     watchers: WatchList,
 }
 
 impl ConsoleInput {
+    /// Input that waits for what the monitor sends; or, if nobody is going to send anything, that is at its end.
+    #[must_use]
+    pub fn new(comes: bool) -> ConsoleInput {
+        ConsoleInput {
+            queue: Mutex::new(Queue {
+                bytes: VecDeque::new(),
+                ended: !comes,
+            }),
+            watchers: WatchList::default(),
+        }
+    }
+
     /// Adds input from the monitor; an empty piece is the end.
     pub fn push(&self, bytes: &[u8]) {
         {

@@ -131,7 +131,7 @@ impl Clock for FileClock {
 /// # Errors
 /// `EINVAL` when the image's root is no EROFS file system that can be read, `EIO` when it is damaged; what volumes say.
 pub fn start(kernel: &Arc<Kernel>) -> Result<Location> {
-    let input = Arc::new(ConsoleInput::default());
+    let input = Arc::new(ConsoleInput::new(kernel.configuration.input));
     let parts = TmpfsParts {
         pool: Pool::new(kernel.host, kernel.memory_limit),
         clock: Arc::new(FileClock(Arc::clone(kernel))),
