@@ -7,7 +7,7 @@
 //! A program that imports `fork` may live well without ever calling it, so such findings are warnings: only
 //! what keeps a program from starting is an error.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     BuildOptions, Result, Source,
@@ -61,7 +61,7 @@ pub struct Finding {
     pub remedy: String,
 }
 
-/// Functions that need what a unikernel does not have: names, what they do, what to do about it.
+/// Functions that need what a unikernel does not have: names in C libraries and in Go, what they do, what to do about it.
 const FUNCTIONS: &[(&[&str], &str, &str)] = &[
     (
         &["fork", "vfork", "__libc_fork", "_Fork"],
@@ -74,14 +74,28 @@ const FUNCTIONS: &[(&[&str], &str, &str)] = &[
         "give it its option to stay in the foreground; `kiln run -d` does the rest",
     ),
     (
-        &["posix_spawn", "posix_spawnp", "system", "popen"],
+        &[
+            "posix_spawn",
+            "posix_spawnp",
+            "system",
+            "popen",
+            "syscall.forkExec",
+        ],
         "starts other programs",
         "switch off what needs them, or start them as unikernels of their own",
     ),
     (
         &[
-            "execve", "execv", "execvp", "execvpe", "execl", "execle", "execlp", "fexecve",
+            "execve",
+            "execv",
+            "execvp",
+            "execvpe",
+            "execl",
+            "execle",
+            "execlp",
+            "fexecve",
             "execveat",
+            "syscall.Exec",
         ],
         "replaces itself by another program",
         "make an image of that program instead",
@@ -89,7 +103,7 @@ const FUNCTIONS: &[(&[&str], &str, &str)] = &[
     (
         &["ptrace", "process_vm_readv", "process_vm_writev"],
         "looks into other processes",
-        "there are none in a unikernel; use `kiln trace` from outside",
+        "there are none in a unikernel; `kiln run --log syscall=trace` shows its system calls",
     ),
     (
         &["shmget", "shmat", "semget", "semop", "msgget"],
@@ -239,9 +253,23 @@ fn check_file(
     } else {
         Severity::Note
     };
-    let is_imported = |name: &&str| elf.imports.iter().any(|import| import == name);
+    let is_static = elf.interpreter.is_none() && elf.needed.is_empty();
+    let mut has: BTreeSet<&[u8]> = elf.imports.iter().map(String::as_bytes).collect();
+    if is_static {
+        // Linkers take from libraries only what somebody calls.
+        has.extend(
+            elf.functions
+                .iter()
+                .map(|function| function.name.as_bytes()),
+        );
+    }
+    has.extend(go_functions(bytes, elf));
     for (functions, what, remedy) in FUNCTIONS {
-        let used: Vec<&str> = functions.iter().copied().filter(is_imported).collect();
+        let used: Vec<&str> = functions
+            .iter()
+            .copied()
+            .filter(|name| has.contains(name.as_bytes()))
+            .collect();
         match &mut in_libraries {
             // A program most likely has it for itself, a library for some of those who use it.
             None if !used.is_empty() => {
@@ -256,7 +284,6 @@ fn check_file(
             }
         }
     }
-    let is_static = elf.interpreter.is_none() && elf.needed.is_empty();
     let mut lacking: BTreeMap<u32, (String, String)> = BTreeMap::new();
     for site in Code::new(bytes, elf).sites() {
         let Some(number) = site.number else { continue };
@@ -298,6 +325,20 @@ fn check_file(
             remedy,
         );
     }
+}
+
+/// Words of Go's table of functions, their names among them (`runtime/symtab.go`: the names end with a zero byte each). What the
+/// linker found nobody to call is not there.
+fn go_functions<'a>(bytes: &'a [u8], elf: &Elf) -> impl Iterator<Item = &'a [u8]> {
+    elf.go_functions
+        .and_then(|(offset, length)| {
+            let start = usize::try_from(offset).ok()?;
+            let end = start.checked_add(usize::try_from(length).ok()?)?;
+            bytes.get(start..end)
+        })
+        .unwrap_or_default()
+        .split(|byte| *byte == 0)
+        .filter(|word| word.len() > 3)
 }
 
 /// An address as a human wants it.
@@ -463,6 +504,47 @@ int main(int count, char **words) {
             found
                 .iter()
                 .all(|finding| finding.severity != Severity::Error)
+        );
+    }
+
+    #[test]
+    fn functions_linked_into_a_static_program_are_found() {
+        let temporary = Temporary::new("static");
+        let Some(path) = compile(&temporary, PROGRAM, &["-O2", "-static"]) else {
+            return;
+        };
+        let has = |path: &Path, text: &str| {
+            findings(path)
+                .iter()
+                .any(|finding| finding.message.contains(text))
+        };
+        assert!(has(&path, "makes processes"));
+        assert!(has(&path, "starts other programs"));
+        let harmless = "int main(void) { return 0; }";
+        let Some(path) = compile(&temporary, harmless, &["-static"]) else {
+            return;
+        };
+        assert_eq!(findings(&path), []);
+    }
+
+    #[test]
+    fn functions_of_a_stripped_go_program_are_found() {
+        let temporary = Temporary::new("go");
+        // A section as Go's linker makes it, in a program without symbols.
+        let text = r#"
+            __attribute__((section(".gopclntab"), used))
+            static const char names[] = "\361\377\377\377\0\0runtime.main\0syscall.forkExec\0os.Getpid";
+            int main(void) { return 0; }
+        "#;
+        let Some(path) = compile(&temporary, text, &["-s"]) else {
+            return;
+        };
+        let found = findings(&path);
+        assert!(
+            found
+                .iter()
+                .any(|finding| finding.message == "starts other programs (syscall.forkExec)"),
+            "{found:?}"
         );
     }
 

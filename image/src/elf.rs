@@ -87,6 +87,8 @@ pub struct Elf {
     pub text_relocations: bool,
     /// Asks for an executable stack.
     pub executable_stack: bool,
+    /// Offset and length in the file of Go's table of functions (`.gopclntab`), which a stripped program has as well.
+    pub go_functions: Option<(u64, u64)>,
     /// Address and length of the section `.eh_frame`, if there is a section table.
     pub unwind_section: Option<(u64, u64)>,
     /// Address of the table that leads to unwind information (`PT_GNU_EH_FRAME`).
@@ -158,6 +160,7 @@ pub fn parse(bytes: &[u8]) -> Result<Elf, String> {
         executable_stack: false,
         unwind_header: None,
         unwind_section: None,
+        go_functions: None,
     };
     let mut dynamic: &[elf::Dyn64<LittleEndian>] = &[];
     let headers = header.program_headers(endian, bytes).map_err(wrong)?;
@@ -328,6 +331,10 @@ impl Elf {
         if let Some((_, section)) = sections.section_by_name(endian, b".eh_frame") {
             self.unwind_section = Some((section.sh_addr(endian), section.sh_size(endian)));
         }
+        self.go_functions = [&b".gopclntab"[..], b".data.rel.ro.gopclntab"]
+            .iter()
+            .find_map(|name| sections.section_by_name(endian, name))
+            .map(|(_, section)| (section.sh_offset(endian), section.sh_size(endian)));
         for kind in [elf::SHT_DYNSYM, elf::SHT_SYMTAB] {
             let Ok(symbols) = sections.symbols(endian, bytes, kind) else {
                 continue;
