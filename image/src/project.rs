@@ -26,7 +26,10 @@ use std::{
 
 use kiln_abi::manifest::{Port, Protocol};
 use serde::Deserialize;
-use toml::{Spanned, de::DeTable};
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
 
 use crate::{Error, Result};
 
@@ -266,6 +269,9 @@ impl NumberOrText {
     }
 }
 
+/// Keys of an `include` that is a table.
+const INCLUDE_KEYS: [&str; 2] = ["from", "to"];
+
 #[derive(Deserialize)]
 #[serde(
     untagged,
@@ -303,6 +309,26 @@ impl Context<'_> {
     ) -> Result<U> {
         check(value.get_ref())
             .map_err(|reason| self.error(value.span().start, format!("`{key}`: {reason}"), None))
+    }
+
+    /// Refuses a key that is not among `known`, and names the nearest that is.
+    fn check_keys(&self, table: &DeTable<'_>, known: &[&'static str]) -> Result<()> {
+        let Some(key) = table
+            .keys()
+            .find(|key| !known.contains(&key.get_ref().as_ref()))
+        else {
+            return Ok(());
+        };
+        let name = key.get_ref().as_ref();
+        let remedy = match nearest(name, known) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("known keys: {}", known.join(", ")),
+        };
+        Err(self.error(
+            key.span().start,
+            format!("unknown key `{name}`"),
+            Some(remedy),
+        ))
     }
 
     fn syntax(&self, error: &toml::de::Error) -> Error {
@@ -344,18 +370,12 @@ pub fn read(path: &Path) -> Result<Project> {
 pub fn parse(text: &str, path: &Path) -> Result<Project> {
     let context = Context { path, text };
     let table = DeTable::parse(text).map_err(|error| context.syntax(&error))?;
-    for key in table.get_ref().keys() {
-        let name = key.get_ref().as_ref();
-        if !KEYS.contains(&name) {
-            let remedy = match nearest(name) {
-                Some(near) => format!("did you mean `{near}`?"),
-                None => format!("known keys: {}", KEYS.join(", ")),
-            };
-            return Err(context.error(
-                key.span().start,
-                format!("unknown key `{name}`"),
-                Some(remedy),
-            ));
+    context.check_keys(table.get_ref(), KEYS)?;
+    if let Some(DeValue::Array(entries)) = table.get_ref().get("include").map(Spanned::get_ref) {
+        for entry in entries {
+            if let DeValue::Table(entry) = entry.get_ref() {
+                context.check_keys(entry, &INCLUDE_KEYS)?;
+            }
         }
     }
     let raw: Raw = toml::from_str(text).map_err(|error| context.syntax(&error))?;
@@ -438,9 +458,10 @@ pub fn parse(text: &str, path: &Path) -> Result<Project> {
 }
 
 /// The known key most like a wrong one, if any is like it.
-fn nearest(wrong: &str) -> Option<&'static str> {
+fn nearest(wrong: &str, known: &[&'static str]) -> Option<&'static str> {
     let wrong = wrong.to_ascii_lowercase().replace('_', "-");
-    KEYS.iter()
+    known
+        .iter()
         .map(|key| {
             let shortened = key.len() >= 3 && wrong.len() >= 3 && key.starts_with(wrong.as_str());
             (if shortened { 0 } else { distance(&wrong, key) }, *key)
@@ -529,6 +550,10 @@ include = ["conf:/etc/app", { from = "x" }]
         );
         assert!(message("working_dir = 1").ends_with("did you mean `working-directory`?"));
         assert!(message("qqqqqqqqqqqqqqqqqqqqqqqq = 1").contains("known keys: name"));
+        assert_eq!(
+            message("name = \"x\"\ninclude = [\"a\", { from = \"b\", too = \"/c\" }]"),
+            "kiln.toml:2:31: unknown key `too` | did you mean `to`?"
+        );
     }
 
     #[test]
