@@ -9,8 +9,8 @@ use kiln_abi::configuration::RunConfiguration;
 use kiln_abi::host::exit_code;
 use kiln_abi::manifest::{Manifest, Protocol};
 use kiln_monitor::arguments::{
-    Publish, format_memory, parse_environment, parse_memory, parse_name, parse_network_address,
-    parse_publish, parse_user, parse_volume, protocol_name,
+    Publish, format_memory, parse_environment, parse_hostname, parse_memory, parse_name,
+    parse_network_address, parse_publish, parse_user, parse_volume, protocol_name,
 };
 use kiln_monitor::choice::{self, Choice};
 use kiln_monitor::engine::{Piece, Pieces};
@@ -148,8 +148,13 @@ fn configure(
     for text in &arguments.publish {
         ports.extend(parse_publish(text)?);
     }
+    refuse_twice(&ports)?;
     let mut run = RunConfiguration {
-        hostname: arguments.hostname.clone(),
+        hostname: arguments
+            .hostname
+            .as_deref()
+            .map(parse_hostname)
+            .transpose()?,
         working_directory: arguments.workdir.clone(),
         log: arguments.log.clone(),
         user: arguments.user.as_deref().map(parse_user).transpose()?,
@@ -229,6 +234,27 @@ fn configure(
         input: arguments.interactive,
         run,
     })
+}
+
+/// Refuses the same port of the host for two: nobody else has it, as the error at the start would say.
+fn refuse_twice(ports: &[Publish]) -> Result<(), Failure> {
+    for (index, port) in ports.iter().enumerate() {
+        let same = |other: &&Publish| {
+            other.host != 0
+                && (other.host, other.protocol) == (port.host, port.protocol)
+                // One on all addresses takes it from the others as well.
+                && (other.address == port.address
+                    || other.address.is_none()
+                    || port.address.is_none())
+        };
+        if let Some(other) = ports.iter().take(index).find(same) {
+            return Err(Failure::input(
+                format!("{other} and {port} publish the same port of this machine"),
+                "give each a port of its own, or leave one out",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn network(arguments: &RunArguments, choice: &Choice) -> Result<NetworkMode, Failure> {

@@ -251,7 +251,10 @@ pub fn parse_volume(text: &str) -> Result<VolumeMount, Error> {
         return Err(wrong("the host's directory is empty"));
     }
     if !path.starts_with('/') {
-        return Err(wrong("the program's path does not begin with '/'"));
+        return Err(match host.split_once(":/") {
+            Some(_) => wrong(&format!("'{path}' is neither ro nor rw")),
+            None => wrong("the program's path does not begin with '/'"),
+        });
     }
     let components: Vec<&str> = path
         .split('/')
@@ -270,6 +273,23 @@ pub fn parse_volume(text: &str) -> Result<VolumeMount, Error> {
     })
 }
 
+/// Parses a host name: what `sethostname(2)` takes, of the characters that `/etc/hosts` can hold.
+///
+/// # Errors
+/// When it is empty, too long, or has other characters.
+pub fn parse_hostname(text: &str) -> Result<String, Error> {
+    /// `__NEW_UTS_LEN` of Linux.
+    const LONGEST: usize = 64;
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if (1..=LONGEST).contains(&text.len()) && text.chars().all(allowed) {
+        return Ok(text.to_owned());
+    }
+    Err(Error::input(
+        format!("'{text}' cannot be a host name"),
+        "use 1 to 64 letters, digits, '-', '_' and '.'",
+    ))
+}
+
 /// Parses `UID` or `UID:GID`, in numbers. Without a group, it is the same number as the user.
 ///
 /// # Errors
@@ -279,7 +299,7 @@ pub fn parse_user(text: &str) -> Result<User, Error> {
         part.parse::<u32>().map_err(|_| {
             Error::input(
                 format!("'{text}' is not a user"),
-                "write numbers: UID or UID:GID, such as 1000:1000",
+                "write numbers: UID or UID:GID, such as 1000:1000 (a name can be given when the image is built, as `user` in kiln.toml)",
             )
         })
     };

@@ -95,6 +95,24 @@ fn wrong_words() {
     kiln.fail(2, &["plenty"], ["run", "-m", "plenty", text(&program)]);
     kiln.fail(2, &["magic"], ["run", "--engine", "magic", text(&program)]);
     kiln.fail(2, &["--wrong"], ["run", "--wrong", text(&program)]);
+    let run = |option: &str, value: &str, words: &[&str]| {
+        kiln.fail(2, words, ["run", option, value, text(&program)]);
+    };
+    run("--hostname", "two words", &["two words", "host name"]);
+    run("--hostname", &"a".repeat(65), &["host name", "64"]);
+    run("--hostname", "", &["host name"]);
+    run("-v", "/tmp:/data:rx", &["'rx'", "neither ro nor rw"]);
+    for (first, second) in [
+        ("8080:80", "8080:81"),
+        ("8080:80", "127.0.0.1:8080:80"),
+        ("8080-8082:80-82", "8081:90"),
+    ] {
+        kiln.fail(
+            2,
+            &["same port"],
+            ["run", "-p", first, "-p", second, text(&program)],
+        );
+    }
 }
 
 #[test]

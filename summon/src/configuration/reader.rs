@@ -13,7 +13,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use kiln_abi::manifest::Protocol;
 use kiln_image::Include;
 use kiln_monitor::arguments::{
-    parse_environment, parse_memory, parse_name, parse_user, parse_volume,
+    parse_environment, parse_hostname, parse_memory, parse_name, parse_user, parse_volume,
 };
 
 use super::{
@@ -83,8 +83,6 @@ pub const UNIT_KEYS: &[&str] = &[
 const MAX_ITEMS: usize = 1024;
 /// Most ports of one unit.
 const MAX_PORTS: usize = 256;
-/// Longest host name in bytes (sethostname(2)).
-const MAX_HOST_NAME: usize = 64;
 /// Longest name of an interface in bytes (`IFNAMSIZ` less the final zero, netdevice(7)).
 const MAX_INTERFACE: usize = 15;
 /// Longest time for a program to become ready or to end: an hour. Zero would never work.
@@ -713,17 +711,7 @@ impl Reader<'_> {
                 }
             }),
             user: self.user(&table),
-            hostname: self.parsed(&table, "hostname", |text| {
-                if text.is_empty()
-                    || text.len() > MAX_HOST_NAME
-                    || !text.chars().all(|c| c.is_ascii_graphic())
-                {
-                    return Err(format!(
-                        "a host name has 1 to {MAX_HOST_NAME} letters, digits, `-` and dots"
-                    ));
-                }
-                Ok(text.to_owned())
-            }),
+            hostname: self.parsed(&table, "hostname", parse_hostname),
             log: self.parsed(&table, "log", |text| {
                 not_empty(text).map(|()| text.to_owned())
             }),
