@@ -29,6 +29,8 @@ pub struct Log {
     limit: u64,
     /// The last byte ended a line.
     fresh_line: bool,
+    /// Bytes that could not be kept since the last that could, and why.
+    lost: Option<(u64, String)>,
 }
 
 impl Log {
@@ -47,36 +49,70 @@ impl Log {
             length: 0,
             limit,
             fresh_line: true,
+            lost: None,
         })
     }
 
-    /// Adds output.
-    ///
-    /// # Errors
-    /// Those of `write(2)`, a full disk above all.
-    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Adds output. What cannot be kept, because the disk is full above all, is left out, and a line says so as soon as there is room
+    /// again: a program does not end because nobody can keep what it says.
+    pub fn write(&mut self, bytes: &[u8]) {
+        if let Some((count, reason)) = &self.lost {
+            let begin = if self.fresh_line { "" } else { "\n" };
+            let line = format!("{begin}kiln: {count} bytes of output are missing here: {reason}\n");
+            // Half a line would be worse than none.
+            let length = Some(self.length).filter(|length| *length < self.limit);
+            let length = length.unwrap_or(0);
+            if self.append(line.as_bytes()).is_err() {
+                let _ = self.file.set_len(length);
+                let _ = self.file.seek(SeekFrom::Start(length));
+                self.length = length;
+                return self.lose(bytes.len(), None);
+            }
+            self.lost = None;
+        }
+        if let Err((left, error)) = self.append(bytes) {
+            self.lose(left, Some(&error));
+        }
+    }
+
+    /// Counts bytes that are lost.
+    fn lose(&mut self, bytes: usize, error: Option<&io::Error>) {
+        let (count, _) = self.lost.get_or_insert_with(|| {
+            let reason = error.map_or_else(String::new, ToString::to_string);
+            (0, reason)
+        });
+        *count = count.saturating_add(bytes as u64);
+    }
+
+    /// Writes bytes; otherwise says how many of them are left, and why.
+    fn append(&mut self, bytes: &[u8]) -> Result<(), (usize, io::Error)> {
         if self.length >= self.limit {
-            fs::rename(&self.path, older(&self.path))?;
-            self.file = open(&self.path)?;
+            let next = fs::rename(&self.path, older(&self.path)).and_then(|()| open(&self.path));
+            self.file = next.map_err(|error| (bytes.len(), error))?;
             self.length = 0;
         }
-        self.file.write_all(bytes)?;
-        self.length = self
-            .length
-            .saturating_add(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
-        if let Some(last) = bytes.last() {
-            self.fresh_line = *last == b'\n';
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let count = match self.file.write(rest) {
+                Ok(0) => return Err((rest.len(), io::ErrorKind::WriteZero.into())),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err((rest.len(), error)),
+            };
+            let (done, left) = rest.split_at(count);
+            self.length = self.length.saturating_add(count as u64);
+            if let Some(last) = done.last() {
+                self.fresh_line = *last == b'\n';
+            }
+            rest = left;
         }
         Ok(())
     }
 
     /// Adds a remark of Kiln's own as a line.
-    ///
-    /// # Errors
-    /// As for [`Log::write`].
-    pub fn remark(&mut self, text: &str) -> io::Result<()> {
+    pub fn remark(&mut self, text: &str) {
         let begin = if self.fresh_line { "" } else { "\n" };
-        self.write(format!("{begin}kiln: {}\n", text.trim_end()).as_bytes())
+        self.write(format!("{begin}kiln: {}\n", text.trim_end()).as_bytes());
     }
 }
 
@@ -348,7 +384,7 @@ mod tests {
         let (_scratch, path) = scratch();
         let mut log = Log::with_limit(&path, 1000).unwrap();
         for number in 0..500 {
-            log.write(format!("line {number}\n").as_bytes()).unwrap();
+            log.write(format!("line {number}\n").as_bytes());
         }
         let total = fs::metadata(&path).unwrap().len() + fs::metadata(older(&path)).unwrap().len();
         assert!(total < 2100, "{total}");
@@ -377,7 +413,7 @@ mod tests {
         let (mut written, mut seen) = (Vec::new(), Vec::new());
         for number in 0..200 {
             let line = format!("{number}\n");
-            log.write(line.as_bytes()).unwrap();
+            log.write(line.as_bytes());
             written.extend(line.as_bytes());
             if number % 7 == 0 {
                 reader.copy(&mut seen).unwrap();
@@ -388,12 +424,30 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_kept_is_counted_and_said_when_there_is_room_again() {
+        let (_scratch, path) = scratch();
+        let mut log = Log::create(&path).unwrap();
+        log.write(b"kept\n");
+        let good = std::mem::replace(&mut log.file, File::create("/dev/full").unwrap());
+        log.write(b"lost\n");
+        log.remark("also lost");
+        log.file = good;
+        log.write(b"kept again\n");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(
+            text.starts_with("kept\nkiln: 21 bytes of output are missing here: No space left"),
+            "{text}"
+        );
+        assert!(text.ends_with(")\nkept again\n"), "{text}");
+    }
+
+    #[test]
     fn remarks_are_lines_of_their_own() {
         let (_scratch, path) = scratch();
         let mut log = Log::create(&path).unwrap();
-        log.write(b"no newline").unwrap();
-        log.remark("said\n").unwrap();
-        log.remark("again").unwrap();
+        log.write(b"no newline");
+        log.remark("said\n");
+        log.remark("again");
         assert_eq!(
             fs::read_to_string(&path).unwrap(),
             "no newline\nkiln: said\nkiln: again\n"

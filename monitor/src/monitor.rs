@@ -227,13 +227,17 @@ pub fn run(
     instance.state.monitor = None;
     instance.state.process = None;
     let _ = std::fs::remove_file(instance.control_path());
-    instance.save()?;
+    let saved = instance.save();
     if monitor.started {
         let (code, reason) = match &outcome {
             Ok(ended) => (ended.code, ended.reason.clone()),
             Err(error) => (1, Some(error.to_string())),
         };
         monitor.tell(Event::Ended { code, reason });
+    }
+    if let (Ok(_), Err(error)) = (&outcome, saved) {
+        // The program's own end counts for whoever waits for it.
+        monitor.observer.remark(&error.to_string());
     }
     outcome
 }
@@ -528,7 +532,7 @@ impl<'a> Monitor<'a> {
                 rustix::buffer::spare_capacity(&mut events),
                 limit.as_ref(),
             ) {
-                Ok(0) if self.unsaved.take().is_some() => self.instance.save()?,
+                Ok(0) if self.unsaved.take().is_some() => self.note_state(),
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(Error::io("wait for events")(error)),
             }
@@ -598,10 +602,15 @@ impl<'a> Monitor<'a> {
         Timespec::try_from(left).ok()
     }
 
+    /// Saves the state of a program that runs. If that cannot be done, as on a full disk, others see it late: no reason to end it.
+    fn note_state(&mut self) {
+        let _ = self.instance.save();
+    }
+
     fn check_deadlines(&mut self) -> Result<(), Error> {
         let time = Instant::now();
         if self.unsaved.take_if(|latest| *latest <= time).is_some() {
-            self.instance.save()?;
+            self.note_state();
         }
         if self.retry.is_some_and(|retry| retry <= time) {
             self.retry = None;
@@ -887,9 +896,7 @@ impl<'a> Monitor<'a> {
     fn remark(&mut self, text: &str) -> Result<(), Error> {
         // The program's output from before goes before it.
         self.read_console()?;
-        self.log
-            .remark(text)
-            .map_err(Error::io("write the console log"))?;
+        self.log.remark(text);
         self.observer.remark(text);
         Ok(())
     }
@@ -908,9 +915,7 @@ impl<'a> Monitor<'a> {
                 }
                 Ok(length) => {
                     let bytes = buffer.get(..length).unwrap_or_default();
-                    self.log
-                        .write(bytes)
-                        .map_err(Error::io("write the console log"))?;
+                    self.log.write(bytes);
                     self.show(bytes)?;
                     if self.line.as_mut().is_some_and(|line| line.feed(bytes)) {
                         self.line = None;
@@ -1233,7 +1238,7 @@ impl<'a> Monitor<'a> {
         }
         self.settle_pause()?;
         self.instance.state.phase = Phase::Suspended;
-        self.instance.save()?;
+        self.note_state();
         self.tell(Event::Suspended);
         Ok(())
     }
@@ -1341,9 +1346,7 @@ impl<'a> Monitor<'a> {
                 Err(error) => return Err(Error::io("read the console")(error)),
             };
             let bytes = buffer.get(..length).unwrap_or_default();
-            self.log
-                .write(bytes)
-                .map_err(Error::io("write the console log"))?;
+            self.log.write(bytes);
             if let Some(terminal) = &mut self.terminal {
                 let _ = terminal.show(bytes);
             }

@@ -266,6 +266,36 @@ fn standard_input_is_given_if_asked_for_and_else_at_its_end() {
     }
 }
 
+/// Says much, then ends with 3.
+const TALKER: &str = r#"
+#include <stdio.h>
+int main(void) {
+    for (int i = 0; i < 100000; i++) printf("line %d\n", i);
+    return 3;
+}
+"#;
+
+#[test]
+fn a_full_disk_ends_no_program_and_hides_no_output() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "talker", TALKER));
+    let image = image.to_str().expect("the path is text");
+    fs::create_dir(kiln.state()).expect("a folder");
+    // A state directory on a disk of its own, which the log fills.
+    let script = "mount -t tmpfs -o size=256k none \"$KILN_STATE\" && exec \"$@\"";
+    let run = kiln.command(["run", image]);
+    let mut command = std::process::Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(run.get_program())
+        .args(run.get_args())
+        .env("KILN_STATE", kiln.state());
+    let outcome = kiln_tests::run(&mut command, kiln_tests::RUN_DEADLINE);
+    assert_eq!(outcome.code(), 3, "{}", outcome.errors);
+    let lines: String = (0..100_000).map(|i| format!("line {i}\n")).collect();
+    assert!(outcome.output == lines, "{}", outcome.errors);
+}
+
 /// Writes while it makes remarks of the kernel's, the last of them right before it ends.
 const REMARKED: &str = r#"
 #include <stdio.h>
