@@ -61,7 +61,7 @@ impl Failure {
 
     /// Says it and gives the exit code.
     pub fn report(&self) -> ExitCode {
-        eprint!("{}", self.text());
+        tell!("{}", self.text());
         ExitCode::from(self.code())
     }
 }

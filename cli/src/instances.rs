@@ -46,7 +46,7 @@ pub fn ps(arguments: &PsArguments) -> Result<ExitCode, Failure> {
     let state = StateDirectory::from_environment()?;
     let (mut instances, damaged) = state.list()?;
     for error in damaged {
-        eprintln!("kiln: warning: {error}");
+        tell_line!("kiln: warning: {error}");
     }
     if arguments.running {
         instances.retain(Instance::alive);
@@ -189,7 +189,7 @@ fn each(
             Ok(()) => text::print(&format!("{name}\n"))?,
             Err(failure) => {
                 if let Some(earlier) = first.replace(failure) {
-                    eprint!("{}", earlier.text());
+                    tell!("{}", earlier.text());
                 }
             }
         }
@@ -220,7 +220,7 @@ pub fn stop(arguments: &StopArguments) -> Result<ExitCode, Failure> {
         if ended {
             wait_unlocked(&instance)
         } else {
-            eprintln!(
+            tell_line!(
                 "kiln: '{name}' did not stop within {} seconds: ending it",
                 arguments.time
             );

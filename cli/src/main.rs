@@ -6,6 +6,20 @@
 //! right but failed here and now.
 
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stderr, clippy::print_stdout)]
+
+/// As `eprint!`, but a standard error that takes nothing (a terminal that was closed, a full disk) is no reason to panic: what
+/// runs has to be ended in order all the same.
+macro_rules! tell {
+    ($($words:tt)+) => {{
+        let _ = std::io::Write::write_fmt(&mut std::io::stderr().lock(), format_args!($($words)+));
+    }};
+}
+
+/// As [`tell`], with the end of a line.
+macro_rules! tell_line {
+    ($($words:tt)+) => { tell!("{}\n", format_args!($($words)+)) };
+}
 
 mod arguments;
 mod check;

@@ -48,7 +48,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, Failure> {
         packed(&state, source, include, rewrite)
     })?;
     if arguments.engine.is_none() {
-        eprintln!("kiln: engine {} ({})", choice.engine.name(), choice.reason);
+        tell_line!("kiln: engine {} ({})", choice.engine.name(), choice.reason);
     }
     hint_at_ports(&manifest, &configuration);
     if configuration.name.is_empty() {
@@ -332,7 +332,7 @@ fn hint_at_ports(manifest: &Manifest, configuration: &InstanceConfiguration) {
         } else {
             port.number
         };
-        eprintln!(
+        tell_line!(
             "kiln: note: the program serves port {}/{}; publish it to reach it from here: -p {host}:{}{suffix}",
             port.number,
             protocol_name(port.protocol),
@@ -349,25 +349,25 @@ impl Observer for Speaker {
         // Without the host's sockets nobody tells when the program listens: its clients wait until it does.
         if matches!(instance.configuration.network, NetworkMode::Direct { .. }) {
             for port in &instance.state.ports {
-                eprintln!("kiln: published {}", address(port));
+                tell_line!("kiln: published {}", address(port));
             }
         }
     }
 
     fn listening(&mut self, ports: &[Publish]) {
         for port in ports {
-            eprintln!("kiln: listening on {}", address(port));
+            tell_line!("kiln: listening on {}", address(port));
         }
     }
 
     fn remark(&mut self, text: &str) {
         for line in text.lines() {
-            eprintln!("kiln: {line}");
+            tell_line!("kiln: {line}");
         }
     }
 
     fn stopping(&mut self) {
-        eprintln!("kiln: stopping (Ctrl-C again ends it at once)");
+        tell_line!("kiln: stopping (Ctrl-C again ends it at once)");
     }
 }
 
@@ -419,7 +419,7 @@ fn foreground(
         });
     }
     if let Some(reason) = &ended.reason {
-        eprintln!("kiln: error: {reason}");
+        tell_line!("kiln: error: {reason}");
     }
     Ok(passed_on(ended.code))
 }
@@ -442,7 +442,7 @@ fn detach(state: &StateDirectory, instance: Instance) -> Result<ExitCode, Failur
                     .iter()
                     .any(|asked| asked.host == 0 && asked.guest == port.guest)
             }) {
-                eprintln!("kiln: published {}", address(port));
+                tell_line!("kiln: published {}", address(port));
             }
             text::print(&format!("{name}\n"))?;
             Ok(ExitCode::SUCCESS)

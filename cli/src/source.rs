@@ -80,7 +80,7 @@ fn open(path: &Path) -> Result<Resolved, Failure> {
 
 fn notes(notes: &[String]) {
     for note in notes {
-        eprintln!("kiln: note: {note}");
+        tell_line!("kiln: note: {note}");
     }
 }
 
@@ -134,7 +134,7 @@ pub fn build_command(arguments: &BuildArguments) -> Result<ExitCode, Failure> {
         let length = std::fs::metadata(&built.path)
             .map(|metadata| metadata.len())
             .unwrap_or(0);
-        eprintln!(
+        tell_line!(
             "kiln: built {} ({}, of which {} are the program's files)",
             built.manifest.name,
             format_memory(length),

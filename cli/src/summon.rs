@@ -274,7 +274,7 @@ fn try_serve(arguments: &ServeArguments) -> Result<ExitCode, Failure> {
         if arguments.detached {
             report(&Report::Ready { words });
         } else {
-            eprintln!("kiln: {words}");
+            tell_line!("kiln: {words}");
         }
         summoner.run().await?;
         Ok(ExitCode::SUCCESS)
@@ -282,7 +282,7 @@ fn try_serve(arguments: &ServeArguments) -> Result<ExitCode, Failure> {
 }
 
 fn tracing_remark(remark: &str) {
-    eprintln!("kiln: warning: {remark}");
+    tell_line!("kiln: warning: {remark}");
 }
 
 fn start_log(arguments: &ServeArguments) -> Result<(), Failure> {
@@ -385,7 +385,7 @@ fn detach(arguments: &ServeArguments) -> Result<ExitCode, Failure> {
     }
     match serde_json::from_str(&line) {
         Ok(Report::Ready { words }) => {
-            eprintln!("kiln: {words}");
+            tell_line!("kiln: {words}");
             Ok(ExitCode::SUCCESS)
         }
         Ok(Report::Failed(refusal)) => Err(refusal.into()),
@@ -516,7 +516,7 @@ fn table(units: &[Status]) -> Result<(), Failure> {
     )?;
     for unit in units {
         if let Some(trouble) = &unit.trouble {
-            eprintln!("kiln: {}: {}", unit.name, trouble.trim_end());
+            tell_line!("kiln: {}: {}", unit.name, trouble.trim_end());
         }
     }
     Ok(())
@@ -541,7 +541,7 @@ fn trace(all: bool, json: bool, output: Option<&Path>, name: &str) -> Result<Exi
     if let Some(path) = output {
         std::fs::write(path, timeline::chrome_trace(&timelines))
             .map_err(io(&format!("write {}", path.display())))?;
-        eprintln!(
+        tell_line!(
             "kiln: wrote {}; open it at https://ui.perfetto.dev",
             path.display()
         );

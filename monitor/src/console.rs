@@ -7,7 +7,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -148,6 +148,8 @@ pub enum Shown {
     Waiting,
     /// Nobody reads any more.
     Closed,
+    /// It was a terminal, and that has gone, which SIGHUP tells as well.
+    HungUp,
 }
 
 impl Terminal {
@@ -190,6 +192,11 @@ impl Terminal {
                     self.sent = 0;
                     return Ok(Shown::Closed);
                 }
+                Err(rustix::io::Errno::IO) if is_device(output.as_fd()) => {
+                    self.waiting.clear();
+                    self.sent = 0;
+                    return Ok(Shown::HungUp);
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -198,6 +205,13 @@ impl Terminal {
         output.flush()?;
         Ok(Shown::All)
     }
+}
+
+/// Whether a descriptor is that of a character device; of a terminal that has gone, nothing more can be said.
+fn is_device(descriptor: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstat(descriptor).is_ok_and(|found| {
+        rustix::fs::FileType::from_raw_mode(found.st_mode) == rustix::fs::FileType::CharacterDevice
+    })
 }
 
 /// Where to begin reading a log.

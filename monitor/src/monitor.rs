@@ -948,6 +948,7 @@ impl<'a> Monitor<'a> {
                 self.console_paused = true;
             }
             Shown::Closed => self.lose_terminal()?,
+            Shown::HungUp => self.terminal = None,
         }
         Ok(())
     }
@@ -968,10 +969,14 @@ impl<'a> Monitor<'a> {
                 .add(&self.console, EventFlags::IN, wake::CONSOLE, 0)
                 .map_err(Error::io("read the console"))?;
         }
-        if shown == Shown::Closed {
-            self.lose_terminal()?;
+        match shown {
+            Shown::Closed => self.lose_terminal(),
+            Shown::HungUp => {
+                self.terminal = None;
+                Ok(())
+            }
+            Shown::All | Shown::Waiting => Ok(()),
         }
-        Ok(())
     }
 
     /// Nobody reads standard output any more: the program gets the signal that a native one would get.

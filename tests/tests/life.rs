@@ -266,6 +266,43 @@ fn standard_input_is_given_if_asked_for_and_else_at_its_end() {
     }
 }
 
+#[test]
+fn a_closed_terminal_ends_the_program_in_order() {
+    let kiln = Kiln::new();
+    let image = kiln.build(&programs::compile(kiln.folder(), "teller", TELLER));
+    for engine in engines() {
+        let command = format!(
+            "{} run --name one --engine {engine} {} -- wait",
+            kiln_tests::kiln().display(),
+            image.display()
+        );
+        let mut terminal = std::process::Command::new("script")
+            .args(["--quiet", "--command", &command, "/dev/null"])
+            .env("KILN_STATE", kiln.state())
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .expect("script is there");
+        eventually("its output in the log", || {
+            let log = kiln.run(["logs", "one"]).output;
+            log.contains("greeting none").then_some(())
+        });
+        // The terminal goes with the program that holds its other side.
+        assert!(kiln_tests::signal(terminal.id(), "KILL"));
+        terminal.wait().expect("it ends");
+        eventually("its end", || {
+            kiln.succeed(["ps", "-q", "--running"])
+                .is_empty()
+                .then_some(())
+        });
+        let log = kiln.succeed(["logs", "one"]);
+        assert!(log.contains("stopping for 15"), "{engine}: {log}");
+        let listed = kiln.succeed(["ps"]);
+        assert!(listed.contains("exited (3)"), "{engine}: {listed}");
+        kiln.succeed(["rm", "one"]);
+    }
+}
+
 /// Says much, then ends with 3.
 const TALKER: &str = r#"
 #include <stdio.h>
