@@ -28,6 +28,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use kiln_abi::host::exit_code;
+use kiln_abi::process::EXIT_SHIM;
 
 use super::kept::{self, Kept};
 use super::{End, Engine, Launch, Running, StartError, Unavailable};
@@ -265,8 +266,8 @@ fn end_of(code: i32) -> End {
     const PANIC: i32 = exit_code::KERNEL_PANIC & 0x7f;
     End::Exited(match (code, code >> 1) {
         (0, _) => 0,
-        // QEMU's own failures.
-        (1, _) => exit_code::CANNOT_START,
+        // QEMU's own failures, as when the host has not the memory: the kernel never began.
+        (1, _) => EXIT_SHIM,
         (_, PANIC) if code & 1 == 1 => exit_code::KERNEL_PANIC,
         (_, inner) if code & 1 == 1 => inner,
         _ => code,
@@ -299,7 +300,11 @@ mod tests {
             end_of((254 << 1 | 1) & 0xff),
             End::Exited(exit_code::KERNEL_PANIC)
         );
-        assert_eq!(end_of(1), End::Exited(exit_code::CANNOT_START));
+        assert_eq!(end_of(1), End::Exited(EXIT_SHIM));
+        assert_eq!(
+            end_of((exit_code::CANNOT_START << 1 | 1) & 0xff),
+            End::Exited(exit_code::CANNOT_START)
+        );
     }
 
     #[test]
@@ -371,10 +376,7 @@ mod tests {
         let mut reader = reader;
         reader.read_to_string(&mut said).expect("read");
         assert!(said.contains("kernel"), "{said}");
-        assert_eq!(
-            running.wait().expect("waited"),
-            End::Exited(exit_code::CANNOT_START)
-        );
+        assert_eq!(running.wait().expect("waited"), End::Exited(EXIT_SHIM));
         drop(running);
         fs::remove_dir_all(&directory).expect("removed");
     }
