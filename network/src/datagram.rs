@@ -14,6 +14,7 @@ use rustix::net::{RecvFlags, SendFlags};
 
 use crate::NetworkConfiguration;
 use crate::dns::{self, Reply};
+use crate::error::remark;
 use crate::host::{self, Poller, Token};
 use crate::publish::Published;
 use crate::splice::Slots;
@@ -159,11 +160,11 @@ impl Flows {
                     Err(_) if datagram.kind == DatagramKind::Echo => {
                         if !self.echo_refused {
                             self.echo_refused = true;
-                            eprintln!(
-                                "kiln: the guest's ping of {} is dropped: this host lets the user send no echo \
+                            remark(format_args!(
+                                "the guest's ping of {} is dropped: this host lets the user send no echo \
                                  requests (sysctl net.ipv4.ping_group_range)",
                                 target.ip()
-                            );
+                            ));
                         }
                         return;
                     }

@@ -1,6 +1,7 @@
 //! Why a network cannot be started.
 
-use std::io;
+use std::fmt;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -76,4 +77,9 @@ impl NetworkError {
     pub(crate) fn system(operation: &'static str) -> impl FnOnce(io::Error) -> NetworkError {
         move |source| NetworkError::System { operation, source }
     }
+}
+
+/// Says something on standard error, whose other end may be gone: nobody is told then.
+pub(crate) fn remark(text: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "kiln: {text}");
 }

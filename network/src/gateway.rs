@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketFlags, sockopt};
 
 use crate::datagram::{self, Flows, SWEEP};
+use crate::error::remark;
 use crate::host::{self, Change, Events, Poller, Token};
 use crate::pcap::Capture;
 use crate::publish::{self, Published};
@@ -274,7 +275,7 @@ impl Frames {
         if let Some(capture) = &mut self.capture
             && let Err(error) = capture.add(frame)
         {
-            eprintln!("kiln: the capture of frames ends: {error}");
+            remark(format_args!("the capture of frames ends: {error}"));
             self.capture = None;
         }
     }
@@ -746,7 +747,7 @@ impl Gateway {
                     }
                     Ok(None) => break,
                     Err(error) => {
-                        eprintln!("kiln: {error}");
+                        remark(format_args!("{error}"));
                         return false;
                     }
                 }

@@ -121,7 +121,7 @@ fn page(address: Ipv4Addr, port: u16, path: &str, end: &str) -> Result<(), Strin
     let talk = || -> std::io::Result<String> {
         let mut stream = TcpStream::connect((address, port))?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        stream.write_all(format!("GET {path} HTTP/1.1\r\n\r\n").as_bytes())?;
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: kiln\r\n\r\n").as_bytes())?;
         let mut text = String::new();
         let mut buffer = [0; 4096];
         while !text.ends_with(end) {

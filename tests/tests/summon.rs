@@ -352,7 +352,7 @@ fn download(address: Ipv4Addr, port: u16, lines: u32) -> thread::JoinHandle<()> 
         .set_read_timeout(Some(RUN_DEADLINE))
         .expect("a limit");
     stream
-        .write_all(format!("GET /slow/{lines} HTTP/1.1\r\n\r\n").as_bytes())
+        .write_all(format!("GET /slow/{lines} HTTP/1.1\r\nHost: kiln\r\n\r\n").as_bytes())
         .expect("it reads");
     let mut first = [0; 1];
     stream.read_exact(&mut first).expect("its first byte");
@@ -1070,7 +1070,7 @@ fn many_units_summoned_at_once_are_all_served() {
                     .set_read_timeout(Some(RUN_DEADLINE))
                     .expect("a limit");
                 stream
-                    .write_all(b"GET / HTTP/1.1\r\n\r\n")
+                    .write_all(b"GET / HTTP/1.1\r\nHost: kiln\r\n\r\n")
                     .expect("it reads");
                 let mut line = [0; 15];
                 stream.read_exact(&mut line).expect("an answer");
@@ -1150,7 +1150,7 @@ fn a_unit_that_was_starting_when_the_summoner_was_killed_is_served_by_the_next()
         .set_read_timeout(Some(RUN_DEADLINE))
         .expect("a limit");
     (&client)
-        .write_all(b"GET / HTTP/1.1\r\n\r\n")
+        .write_all(b"GET / HTTP/1.1\r\nHost: kiln\r\n\r\n")
         .expect("it reads");
     let mut line = [0; 15];
     (&client).read_exact(&mut line).expect("an answer");

@@ -9,10 +9,10 @@ use std::{
 
 use bytes::Bytes;
 use hyper::{
-    Method, Request, Response, StatusCode,
+    Method, Request, Response, StatusCode, Version,
     header::{
         ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE,
-        CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, LAST_MODIFIED, RANGE, VARY,
+        CONTENT_TYPE, ETAG, HOST, HeaderMap, HeaderName, HeaderValue, LAST_MODIFIED, RANGE, VARY,
         X_CONTENT_TYPE_OPTIONS,
     },
 };
@@ -56,6 +56,12 @@ impl Site {
                 return response;
             }
         };
+        // RFC 9112, section 3.2: one, and without one only an old client.
+        let mut hosts = request.headers().get_all(HOST).into_iter();
+        if hosts.next().is_none() && request.version() == Version::HTTP_11 || hosts.next().is_some()
+        {
+            return text(StatusCode::BAD_REQUEST, head);
+        }
         let found = SitePath::parse(request.uri().path()).and_then(|path| path.open(&self.root));
         let result = match found {
             Ok(found) => self.file(request.headers(), head, found),

@@ -421,6 +421,30 @@ fn one_connection_serves_many_requests() {
 }
 
 #[test]
+fn a_request_names_one_host() {
+    let server = Server::start();
+    for (request, status) in [
+        ("GET / HTTP/1.1\r\nConnection: close\r\n\r\n", "400"),
+        (
+            "GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\nConnection: close\r\n\r\n",
+            "400",
+        ),
+        (
+            "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+            "200",
+        ),
+        ("GET / HTTP/1.0\r\n\r\n", "200"),
+    ] {
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert_eq!(text.split(' ').nth(1), Some(status), "{request}: {text}");
+    }
+}
+
+#[test]
 fn one_line_of_log_a_request() {
     let mut server = Server::start();
     server.get("/about?a=b");
