@@ -1265,12 +1265,20 @@ mod tests {
         .unwrap();
     }
 
+    /// A program of Debian's, which has to be there.
+    fn installed(path: &str) -> &Path {
+        let path = Path::new(path);
+        assert!(
+            path.exists(),
+            "{} is needed: tests/tools/install",
+            path.display()
+        );
+        path
+    }
+
     #[test]
     fn redis_has_all_it_needs() {
-        let path = Path::new("/usr/bin/redis-server");
-        if !path.exists() {
-            return;
-        }
+        let path = installed("/usr/bin/redis-server");
         let temporary = Temporary::new("redis");
         let packed = packed(path);
         assert_eq!(packed.missing, []);
@@ -1288,10 +1296,7 @@ mod tests {
 
     #[test]
     fn nginx_has_its_configuration() {
-        let path = Path::new("/usr/sbin/nginx");
-        if !path.exists() {
-            return;
-        }
+        let path = installed("/usr/sbin/nginx");
         let temporary = Temporary::new("nginx");
         let packed = packed(path);
         assert_eq!(packed.missing, []);
@@ -1306,10 +1311,7 @@ mod tests {
 
     #[test]
     fn python_has_its_library() {
-        let path = Path::new("/usr/bin/python3");
-        if !path.exists() {
-            return;
-        }
+        let path = installed("/usr/bin/python3");
         let temporary = Temporary::new("python");
         let packed = packed(path);
         let line = "import json, encodings.idna; print(json.dumps('it runs'))";
