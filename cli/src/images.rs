@@ -132,26 +132,23 @@ pub fn inspect(arguments: &InspectArguments) -> Result<ExitCode, Failure> {
         Err(kiln_monitor::Error::Input { .. }) => {}
         Err(error) => return Err(error.into()),
     }
-    let image =
-        if Path::new(target).is_file() || (target.contains('/') && Path::new(target).exists()) {
-            Image::open(target)?
-        } else if target.contains('/') {
-            return Err(kiln_image::Error::NoSource {
-                path: target.into(),
+    let path = Path::new(target);
+    let image = if target.contains('/') && !path.exists() {
+        return Err(kiln_image::Error::NoSource { path: path.into() }.into());
+    } else if target.contains('/') || path.is_file() {
+        Image::open(path)?
+    } else {
+        match store(&state)?.resolve(target) {
+            Ok(stored) => Image::open(&stored.path)?,
+            Err(kiln_image::Error::NoImage { .. }) => {
+                return Err(Failure::input(
+                    format!("there is neither an instance nor an image named '{target}'"),
+                    "'kiln ps' lists instances, 'kiln images' stored images",
+                ));
             }
-            .into());
-        } else {
-            match store(&state)?.resolve(target) {
-                Ok(stored) => Image::open(&stored.path)?,
-                Err(kiln_image::Error::NoImage { .. }) => {
-                    return Err(Failure::input(
-                        format!("there is neither an instance nor an image named '{target}'"),
-                        "'kiln ps' lists instances, 'kiln images' stored images",
-                    ));
-                }
-                Err(error) => return Err(error.into()),
-            }
-        };
+            Err(error) => return Err(error.into()),
+        }
+    };
     let inspected = InspectedImage {
         path: image.path(),
         digest: image.digest()?,

@@ -424,6 +424,15 @@ fn not_a_file(path: &Path) -> Error {
     }
 }
 
+/// Opens a regular file. It is looked at before: to open a pipe would wait for somebody who writes.
+fn open_file(path: &Path) -> Result<File> {
+    let metadata = std::fs::metadata(path).map_err(Error::io("open", path))?;
+    if !metadata.is_file() {
+        return Err(not_a_file(path));
+    }
+    File::open(path).map_err(Error::io("open", path))
+}
+
 impl Image {
     /// Opens an image file and checks its structure (not the contents of the root).
     ///
@@ -432,13 +441,7 @@ impl Image {
     /// The file cannot be read, is not an image, is cut off, or its parts contradict each other.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        // Looked at before it is opened: that of a pipe would wait for somebody who writes.
-        let metadata = std::fs::metadata(path).map_err(Error::io("open", path))?;
-        if !metadata.is_file() {
-            return Err(not_a_file(path));
-        }
-        let file = File::open(path).map_err(Error::io("open", path))?;
-        Self::from_file(file, path)
+        Self::from_file(open_file(path)?, path)
     }
 
     /// Checks an open file as [`Image::open`] does; `path` is for messages.
@@ -478,11 +481,7 @@ impl Image {
     #[must_use]
     pub fn is_image(path: &Path) -> bool {
         let mut start = [0; PAGE_SIZE + 8];
-        // Looked at before it is opened: that of a pipe would wait for somebody who writes.
-        if !std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file()) {
-            return false;
-        }
-        let Ok(file) = File::open(path) else {
+        let Ok(file) = open_file(path) else {
             return false;
         };
         file.read_exact_at(&mut start, 0).is_ok()
