@@ -36,25 +36,19 @@ static void ask_for(int kinds) {
         }                                                                                                              \
     } while (0)
 
-static void sse(int kind) {
-    volatile double zero = 0, one = 1, large = 1e308, small = 1e-308, three = 3, result;
-    TRY(kind, result = zero / zero);
-    TRY(kind, result = one / zero);
-    TRY(kind, result = large * large);
-    TRY(kind, result = small * small);
-    TRY(kind, result = one / three);
-    (void)result;
-}
-
-static void x87(int kind) {
-    volatile long double zero = 0, one = 1, large = 1e4932L, small = 1e-4932L, three = 3, result;
-    TRY(kind, result = zero / zero);
-    TRY(kind, result = one / zero);
-    TRY(kind, result = large * large);
-    TRY(kind, result = small * small);
-    TRY(kind, result = one / three);
-    (void)result;
-}
+/* The same in the arithmetic of a type, whose largest and smallest numbers are about these. */
+#define COMPUTE(name, type, largest, smallest)                                                                         \
+    static void name(int kind) {                                                                                       \
+        volatile type zero = 0, one = 1, large = largest, small = smallest, three = 3, result;                         \
+        TRY(kind, result = zero / zero);                                                                               \
+        TRY(kind, result = one / zero);                                                                                \
+        TRY(kind, result = large * large);                                                                             \
+        TRY(kind, result = small * small);                                                                             \
+        TRY(kind, result = one / three);                                                                               \
+        (void)result;                                                                                                  \
+    }
+COMPUTE(sse, double, 1e308, 1e-308)
+COMPUTE(x87, long double, 1e4932L, 1e-4932L)
 
 int main(int count, char **arguments) {
     struct sigaction action = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO};
